@@ -89,7 +89,8 @@ class PartWriter:
         self.written_bytes = 0
         self._files_left = group_files(schema, arrays, iter(groups), file_bytes=file_bytes)
         # A writer that is tried again writes files of its own: the one before may be writing yet.
-        self._stem = f"{checkpoint}/{schema.name}.{writer}.{secrets.token_hex(4)}"
+        name = schema.name.replace(":", ".")  # of a table of keys
+        self._stem = f"{checkpoint}/{name}.{writer}.{secrets.token_hex(4)}"
         self._files: dict[str, StoredFile] = {}
         self._batches: list[Batch] = []
         self._open: _DataFile | None = None

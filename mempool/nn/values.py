@@ -1,4 +1,4 @@
-"""Parameters of a layer that stand for its table's values, or keys: to freeze them, and to zero their gradient by."""
+"""Parameters of a layer that stand for its table's values, or keys: to freeze and to zero them by."""
 
 import sys
 from collections.abc import Callable

@@ -208,8 +208,11 @@ def _field_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
 
 
 def _owner(schema: TableSchema) -> str:
-    """The name that its user gave it, or gave the table whose keys it has."""
-    return schema.name.removesuffix(key_table_name("")) if isinstance(schema.keys, OwnKeySpec) else schema.name
+    """The name that its user gave it, or gave the table whose keys it has; "" where that is not in its name."""
+    if not isinstance(schema.keys, OwnKeySpec):
+        return schema.name
+    owner, suffix = schema.name[: -len(key_table_name(""))], schema.name[-len(key_table_name("")) :]
+    return owner if suffix == key_table_name("") else ""
 
 
 def _key_problems(schema: TableSchema) -> Iterator[SchemaProblem]:

@@ -32,7 +32,7 @@ from mempool.client.routing.together import Together
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import NotFound, PoolUnreachable, StalePlacement, Unavailable
-from mempool.types import PoolApi, ShardHost, ShardInfo, TableView
+from mempool.types import PoolApi, ShardHost, ShardInfo, TableView, TrainedKeySpec
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 from mempool.types.running import Clock
@@ -220,6 +220,7 @@ class Router:
         """
         loop = asyncio.get_running_loop()
         end_s = loop.time() + (self.timeout_s if timeout_s is None else timeout_s)
+        keys_elsewhere = isinstance((await self._plan(table_id)).schema.keys, TrainedKeySpec)
         scores, ids, scored = await self.score(table_id, queries=queries, topk=topk, timeout_s=end_s - loop.time())
         weights = torch.softmax(scores, dim=-1)
         num_bags, heads, found = ids.shape
@@ -229,6 +230,8 @@ class Router:
             offsets=torch.arange(num_bags + 1, dtype=torch.int64, device="cpu") * (heads * found),
         )
         values, record = await self.gather(table_id, bags=bags, reply_dtype=reply_dtype, timeout_s=end_s - loop.time())
+        if keys_elsewhere:  # at versions of their own
+            return Lookup(ids=ids, scores=scores, weights=weights, values=values), record.seen
         seen = Seen(
             epoch=record.seen.epoch,
             oldest_version=min(scored.oldest_version, record.seen.oldest_version),

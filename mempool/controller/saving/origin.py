@@ -35,9 +35,12 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
             f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or "
             "leave it out. Nothing was changed."
         )
+    for name in (*request.tables, request.name, "" if request.schema is None else request.schema.name):
+        require_no_key_table(name, "restored")
     try:
         if request.schema is not None:
-            return [_of_file(request, request.schema)]
+            schemas = [request.schema, key_table(request.schema)]
+            return [_of_file(request, schema) for schema in schemas if schema is not None]
         manifest = read_manifest(open_store(request.url), request.checkpoint or None)
     except MempoolError:
         raise
@@ -50,8 +53,6 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
             f"name={shown(request.name)} is for one table, and {len(tables)} are asked for ({', '.join(tables[:4])}); "
             "name the one that is to be called so. Nothing was changed."
         )
-    for name in (*(request.tables or ()), request.name):
-        require_no_key_table(name, "restored")
     found = [_origin(request, manifest, table, request.name or table) for table in tables]
     return [*found, *(keys for each in zip(tables, found, strict=True) for keys in _keys_of(request, manifest, *each))]
 

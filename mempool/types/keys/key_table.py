@@ -9,7 +9,7 @@ from mempool.types.schema import OwnKeySpec, TableSchema, TrainedKeySpec
 from mempool.types.sizes import default_page_slots
 
 _SUFFIX = ":keys"
-"""No name of a user's has a colon; and no path needs it quoted, as checkpoints name files by tables."""
+"""No name of a user's has a colon."""
 _SEED = 0x9E3779B97F4A7C15
 """Keys come from the values' generator under another seed: a key is no copy of its value's first columns."""
 _LEAST_PAGES = 8
