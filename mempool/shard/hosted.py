@@ -49,6 +49,7 @@ class HostedTable:
             All three are of the last ``measure``; any thread may read them.
         bytes_to_fill: Bytes of initial values that are still to be written; any thread may read it.
         restored: Where its pages are handed in, of a table that is restored. forked: Likewise, of a fork.
+        fork_of: The id of the table that it was a fork of when it was made; None: of none. It may be gone.
         preparing: What is done before they are written, in words; "" for nothing. Any thread may read and write it.
         order: Of its steps, as far as it is known here.
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
@@ -94,6 +95,7 @@ class HostedTable:
         self._waiting_for_turns, self._waiting_for_news = Waiting(), Waiting()
         placement, ledger = request.view.placement, request.ledger or Ledger()
         self.restored = RestoredPages(self.staging, placement, ledger) if request.mode == "restore" else None
+        self.fork_of = None if request.fork is None else request.fork.table_id
         self.forked = None if base is None else ForkedPages(self.storage, base.storage, placement)
         if request.mode in ("initialise", "restore", "fork"):
             self._filling = self.restored or self.forked or self.storage.initialise(placement)

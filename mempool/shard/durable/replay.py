@@ -11,7 +11,8 @@ from mempool import kernels
 from mempool.errors import DataLoss, Internal, MempoolError
 from mempool.observe import Stages
 from mempool.shard import validate
-from mempool.shard.durable.pages import place_pages, populate, restore_pages
+from mempool.shard.durable.families import forks_of, restore_forks
+from mempool.shard.durable.pages import place_pages, populate, restore_pages, rows_of
 from mempool.shard.durable.records import (
     Applied,
     Attached,
@@ -70,7 +71,9 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> d
         with stages.measure("recover: snapshot"):
             for record in store.take_head():
                 replay.take(record)
-            places = place_pages(store.snapshots, tenancy.tables)
+            rows, forks = rows_of(store.snapshots, tenancy.tables), forks_of(tenancy.tables)
+            others = {table_id: table for table_id, table in tenancy.tables.items() if table_id not in forks}
+            places = place_pages(rows, others)
         with stages.measure("recover: kernels"):  # on a new machine they are compiled, on all cores
             for table in tenancy.tables.values():
                 _make_ready(table)
@@ -78,6 +81,7 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> d
             populate(places)
         with stages.measure("recover: snapshot"):
             restored = restore_pages(store.snapshots, tenancy.tables, places)
+            restored |= restore_forks(store.snapshots, tenancy.tables, forks, rows)
             replay.own()
         with stages.measure("recover: replay"):
             for record in store.records():

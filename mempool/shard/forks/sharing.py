@@ -141,6 +141,11 @@ class Borrowed:
         file.borrowed.append(self)
 
     @property
+    def num_bytes(self) -> int:
+        """So many of the file's were mapped."""
+        return len(self.own) * PAGE_BYTES
+
+    @property
     def shared_bytes(self) -> int:
         """Bytes that are the file's still; any thread may ask."""
         return (len(self.own) - self._num_own) * PAGE_BYTES

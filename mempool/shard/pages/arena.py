@@ -243,6 +243,19 @@ class Arena:
         written: PageNumbers = (self._written_at > writes).nonzero()[:, 0].cpu().numpy()
         return written
 
+    def same_pages(self) -> npt.NDArray[np.bool_]:
+        """[row pages] bool: of a fork, those that are here and were not written to since, nor were those that it is a
+        fork of: they are the same."""
+        base = None if self.forked is None else self.forked[0]()
+        here = self.page_of >= 0
+        if base is None or self.forked is None:
+            return np.zeros_like(here)
+        same = here & (self.page_of == base.page_of)
+        for arena in (self, base):
+            written = (arena._written_at > self.forked[1]).cpu().numpy()
+            same[here] &= ~written[self.page_of[here]]
+        return same
+
     def _rows_of(self, pages: Tensor) -> Tensor:
         return ((pages[:, None] << self._page_shift) + torch.arange(self._page_slots, device=pages.device)).view(-1)
 

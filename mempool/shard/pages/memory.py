@@ -151,7 +151,7 @@ class ReservedRows:
             self._range.populate(self._num_bytes)
 
     def share(self, num_bytes: int) -> int:
-        if not _SHARES:
+        if not _SHARES or self._borrows_most:
             return 0
         end = self._range.readable(self._num_bytes)
         try:
@@ -170,18 +170,28 @@ class ReservedRows:
 
     def fork(self) -> "ReservedRows":
         rows = ReservedRows(max_rows=self._max_rows, width=self._width, dtype=self._dtype)
-        if self._lent is None:
-            rows.resize(self._num_rows)
-            rows.first(self._num_rows).copy_(self.first(self._num_rows))
-            return rows
+        rows.resize(self._num_rows)
         end = self._range.readable(self._num_bytes)
-        assert end == self._lent.num_bytes, "all of it is to be shared first"
         try:
-            rows._borrowed = rows._range.borrow(self._lent)
+            if self._borrowed is not None and self._lent is None:
+                rows._borrowed = rows._range.borrow(self._borrowed.file, self._borrowed.num_bytes)
+                own = np.setdiff1d(np.arange(end // PAGE_BYTES), np.flatnonzero(~self._borrowed.own))
+                rows._borrowed.leave(own)
+                self._range.copy(own, rows._range)
+            elif self._lent is not None:
+                assert end == self._lent.num_bytes, "all of it is to be shared first"
+                rows._borrowed = rows._range.borrow(self._lent, end)
+            else:
+                rows.first(self._num_rows).copy_(self.first(self._num_rows))
         except OSError as error:
             raise _no_memory(end, f"the system does not let it be shared ({error})") from None
-        rows._num_rows, rows._num_bytes = self._num_rows, self._num_bytes
         return rows
+
+    @property
+    def _borrows_most(self) -> bool:
+        """Whether more of it is another's than its own: a fork of it shares that, and copies what it has of its own."""
+        borrowed = self._borrowed
+        return self._lent is None and borrowed is not None and 2 * borrowed.shared_bytes > self._num_bytes
 
     @property
     def shares(self) -> bool:
@@ -314,10 +324,19 @@ class _Range:
             file.map(self._address + first, first, some, private=False)
             file.num_bytes = first = some
 
-    def borrow(self, file: SharedFile) -> Borrowed:
-        """Have all bytes of that file, and memory of its own where they are written to. Raises OSError."""
-        file.map(self._address, 0, file.num_bytes, private=True)
-        return Borrowed(file, self._bytes(0, file.num_bytes))
+    def borrow(self, file: SharedFile, num_bytes: int) -> Borrowed:
+        """Have the first bytes of that file, and memory of its own where they are written to. Raises OSError."""
+        file.map(self._address, 0, num_bytes, private=True)
+        return Borrowed(file, self._bytes(0, num_bytes))
+
+    def copy(self, pages: SystemPages, into: "_Range") -> None:
+        """Have the same there in these of the system's pages."""
+        end = (int(pages.max(initial=-1)) + 1) * PAGE_BYTES
+        read, write = (each._bytes(0, end).reshape(-1, PAGE_BYTES) for each in (self, into))
+        at_once = _MOVED_BYTES // PAGE_BYTES
+        for first in range(0, len(pages), at_once):
+            some = pages[first : first + at_once]
+            write[some] = read[some]
 
     def clear(self, first: int, end: int) -> None:
         """As ``empty``, where a file is behind these bytes."""

@@ -225,4 +225,5 @@ def test_numbers_of_kinds_never_change() -> None:
         "Stopped",
         "Unstaged",
         "Gone",
+        "Forked",
     ]

@@ -89,23 +89,36 @@ def test_without_being_told_of_a_write_a_fork_would_see_it() -> None:
     assert bool((fork.first(ROWS)[5] == 3.0).all())
 
 
-def test_several_forks_one_of_a_fork_each_goes_its_way() -> None:
+@pytest.mark.parametrize("own", ["little", "most"])
+def test_several_forks_one_of_a_fork_each_goes_its_way(own: str) -> None:
+    """A fork of a fork shares what that shares, unless it is less than that has of its own, which is shared then."""
     rows = shared(filled(4_000))
     before = rows.first(4_000).clone()
     first = rows.fork()
     write(rows, torch.tensor([1]), 1.0)
     second = rows.fork()
+    rest = torch.arange(10, 3_000 if own == "most" else 20)
+    write(first, rest, 5.0)
     write(first, torch.tensor([2]), 2.0)
-    third = shared(first).fork()  # which has memory that forks share by itself from now on
-    assert not first._borrowed
-    assert third.shared_bytes == first._range.readable(first._num_bytes)
+    size = rows._range.readable(rows._num_bytes)
+    apart = size - first.shared_bytes
+    third = shared(first).fork()
+    assert (first._borrowed is None) == (own == "most")
+    assert third.shared_bytes == (size if own == "most" else size - apart)
+    assert private_bytes(third) == size - third.shared_bytes
     write(rows, torch.tensor([3]), 3.0)
     write(third, torch.tensor([4]), 4.0)
-    expected = [before.clone() for _ in range(4)]
-    for number, writes in enumerate(({1: 1.0, 3: 3.0}, {2: 2.0}, {1: 1.0}, {2: 2.0, 4: 4.0})):
+    write(first, torch.tensor([3_500]), 6.0)
+    fourth = shared(third).fork()
+    rows.close()
+    del rows
+    expected = [before.clone() for _ in range(3)]
+    for number, writes in enumerate(({2: 2.0, 3_500: 6.0}, {1: 1.0}, {2: 2.0, 4: 4.0})):
+        if number != 1:
+            expected[number][rest] = 5.0
         for row, value in writes.items():
             expected[number][row] = value
-    for held, wanted in zip((rows, first, second, third), expected, strict=True):
+    for held, wanted in zip((first, second, third, fourth), (*expected, expected[-1]), strict=True):
         assert torch.equal(held.first(4_000), wanted)
 
 
