@@ -198,13 +198,19 @@ class TableChanges:
 
     async def _drop_keys(self, name: str) -> None:
         """Drop the table of the keys of a table that is gone. Where that fails it is left over, and is dropped when a
-        table of that name is made."""
+        table of that name is made or restored."""
         keys = key_table_name(name)
         if keys in self._making or self._roster.find(keys) is not None:
             try:
                 await self._drop(keys)
             except MempoolError as error:
                 _LOG.warning("the keys of table %r, which is dropped, are left over: %s", name, error)
+
+    async def drop_left_over(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
+        """Drop keys of tables that are gone, in whose place these are to be."""
+        for schema, _ in tables:
+            if self._roster.complete and schema.name not in self._making and self._roster.find(schema.name) is None:
+                await self._drop_keys(schema.name)
 
     async def _decide_drop(self, view: TableView) -> ShardInfo:
         """Tell one shard that a table is dropped, an owner if one answers: that decides it, for every controller.
@@ -309,19 +315,20 @@ class TableChanges:
 
     async def _make(self, making: Making) -> TableView:
         """The table, and before it that of the keys that it trains; a checkpoint's has those of its own."""
-        keys = key_table(making.schema) if making.origin is None else None
-        if keys is None:
+        if making.origin is not None:
             return await self._make_one(making)
+        name, keys = making.schema.name, key_table(making.schema)
+        async with self._changing:
+            await self._know_all(name)
+            self._require_none(making.schema, None)
         try:
-            async with self._changing:
-                await self._know_all(making.schema.name)
-                self._require_none(making.schema, None)
-            await self._drop_keys(making.schema.name)
-            await self._create(keys)
+            await self._drop_keys(name)
+            if keys is not None:
+                await self._create(keys)
             return await self._make_one(making)
         except BaseException:
-            if self._roster.find(making.schema.name) is None:
-                await self._drop_keys(making.schema.name)
+            if self._roster.complete and self._roster.find(name) is None:  # else it may be made all the same
+                await self._drop_keys(name)
             raise
 
     async def _make_one(self, making: Making) -> TableView:

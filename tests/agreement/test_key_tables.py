@@ -11,6 +11,7 @@ import mempool
 from mempool import errors
 from mempool.nn import MemoryLayer, PoolOptimizer, reading
 from mempool.optim import SGD
+from mempool.wire.channels import loop
 
 from .conftest import Pools
 from .reference import all_rows
@@ -53,10 +54,32 @@ def test_they_are_made_and_dropped_with_their_table_and_no_tables_of_users(pools
 
 def test_a_making_that_is_given_up_leaves_no_keys(pools: Pools) -> None:
     with pools.fresh(1) as pool:
-        with pytest.raises(errors.MempoolError):
-            made(pool, "product", num_slots=2**36, value_dim=512)
+        with pytest.raises(errors.InvalidRequest, match="for pages cannot be had"):  # after its keys were made
+            made(pool, "product", num_slots=2**32, value_dim=512)
         assert names_of(pool) == []
         made(pool, "product")
+
+
+def test_keys_that_are_left_over_make_room_for_those_of_a_table_of_that_name(tmp_path: Path) -> None:
+    with mempool.local() as pool:
+        before = made(pool, "flat").read_keys()
+        pool.checkpoint(tmp_path)
+
+        def drop_alone() -> None:
+            """As a controller does that dies before it drops the keys."""
+            train(pool.table("flat"))
+            loop.run(pool._api._changes._drop("flat"), timeout_s=30)
+            pool._open.dropped("flat")
+            assert names_of(pool) == ["flat:keys"]
+
+        drop_alone()
+        assert torch.equal(made(pool, "flat").read_keys(), before)
+        drop_alone()
+        (restored,) = pool.restore(tmp_path)
+        assert torch.equal(restored.read_keys(), before)
+        drop_alone()
+        made(pool, "flat", keys=None)
+        assert names_of(pool) == ["flat"]
 
 
 @pytest.mark.parametrize("kind", KEYS)
