@@ -29,12 +29,13 @@ Bytes = npt.NDArray[np.uint8]
 
 def pages_of(rows: SystemPages, row_bytes: int) -> SystemPages:
     """The system's pages that rows lie in: [U] row numbers to page numbers, which may repeat."""
-    first = (rows * row_bytes) >> _SHIFT
+    first: SystemPages = (rows * row_bytes) >> _SHIFT
     last = (rows * row_bytes + row_bytes - 1) >> _SHIFT
     if row_bytes <= PAGE_BYTES and not PAGE_BYTES % row_bytes:
         return first
     most = (row_bytes - 2) // PAGE_BYTES + 2
-    return np.minimum(first[:, None] + np.arange(most), last[:, None]).reshape(-1)
+    pages: SystemPages = np.minimum(first[:, None] + np.arange(most), last[:, None]).reshape(-1)
+    return pages
 
 
 class SharedFile:

@@ -247,10 +247,10 @@ class Arena:
         """[row pages] bool: of a fork, those that are here and were not written to since, nor were those that it is a
         fork of: they are the same."""
         base = None if self.forked is None else self.forked[0]()
-        here = self.page_of >= 0
+        here: npt.NDArray[np.bool_] = self.page_of >= 0
         if base is None or self.forked is None:
             return np.zeros_like(here)
-        same = here & (self.page_of == base.page_of)
+        same: npt.NDArray[np.bool_] = here & (self.page_of == base.page_of)
         for arena in (self, base):
             written = (arena._written_at > self.forked[1]).cpu().numpy()
             same[here] &= ~written[self.page_of[here]]

@@ -314,7 +314,8 @@ class _Range:
 
     def readable(self, num_bytes: int) -> int:
         """So many of these bytes are, a multiple of the system's page size."""
-        return min(num_bytes, (self._end - self._address) // PAGE_BYTES * PAGE_BYTES)
+        most: int = (self._end - self._address) // PAGE_BYTES * PAGE_BYTES
+        return min(num_bytes, most)
 
     def move(self, file: SharedFile, first: int, end: int) -> None:
         """Have these bytes, which follow those that it has, in that file. Raises OSError: they are where they were."""
