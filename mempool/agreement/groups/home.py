@@ -271,7 +271,8 @@ class Groups:
     def _arrived(self, group: _Group, member: _Member, request: MeetRequest, now_s: float) -> MeetReply | None:
         if group.terms.consistency == "bounded":
             return self._within_bounds(group, request, now_s)
-        if request.rank and group.word is not None and group.word.meeting == request.meeting:
+        # A later one is that of a meeting that the leader has given up before all were there: it says so.
+        if request.rank and group.word is not None and group.word.meeting >= request.meeting:
             self._take(member, request)
             return self._reply(group, "word", word=group.word)
         self._take(member, request)
