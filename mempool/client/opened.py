@@ -8,6 +8,7 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 from mempool.client.opening.connection import Connection
+from mempool.client.opening.forking import Forks
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest, MempoolError
@@ -27,6 +28,7 @@ class OpenTables:
         self._connection = connection
         self._router = connection.router
         self._group = group
+        self._forks = Forks(connection, self.opened, partial(self.taken_over, strict=True))
         self._lock = threading.Lock()
         self._tables: dict[int, list[Table]] = {}  # all those of one id have one session
         self._dropped: WeakValueDictionary[str, Table] = WeakValueDictionary()  # the newest of each name
@@ -44,6 +46,7 @@ class OpenTables:
                     begin=self._connection.begin,
                     open_keys=partial(self._keys_of, schema.name),
                 )
+                table.forks = self._forks
                 self._tables[schema.table_id] = [table]
             return self._tables[schema.table_id][0]
 

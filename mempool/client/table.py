@@ -326,6 +326,8 @@ class Table(Versions):
     def step_count(self) -> int:
         """How many steps the table's optimizer counts: its commits, or what ``set_step`` said and those after.
 
+        Where whoever called ``set_step`` died before all shards had heard it, this tells the others.
+
         Raises:
             StepConflict: Somebody commits meanwhile.
         """

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
+from mempool.controller.saving.forking import Fork, Forking, forked_view
 from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable, StalePlacement
 from mempool.placement import plan_table
@@ -70,7 +71,8 @@ class Making:
 
     Attributes:
         schema: As it was asked for, table_id 0.
-        origin: The checkpoint that its pages are read from; None: they get initial values.
+        origin: The checkpoint that its pages are read from, or the table that it is a fork of; None: they get initial
+            values.
         table_id: The id that it will have.
         first_id: The one that it was begun with, by which a caller may know it: later tables were heard of since.
         task: Makes it.
@@ -82,7 +84,7 @@ class Making:
 
     schema: TableSchema
     table_id: int
-    origin: "Origin | None" = None
+    origin: "Origin | Fork | None" = None
     first_id: int = 0
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
@@ -98,6 +100,7 @@ class TableChanges:
     Args:
         roster: The pool's shards and tables.
         calls, telling: Reach the shards.
+        forking: Has them make a table of another one.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
         clock: Seconds.
@@ -110,6 +113,7 @@ class TableChanges:
         calls: ShardCalls,
         *,
         telling: Telling,
+        forking: Forking,
         changing: asyncio.Lock,
         clock: Clock,
         runner: Runner,
@@ -117,12 +121,13 @@ class TableChanges:
         self._roster = roster
         self._calls = calls
         self._telling = telling
+        self._forking = forking
         self._clock = clock
         self._runner = runner
         self._changing = changing
         self._making: dict[str, Making] = {}
 
-    async def create(self, schema: TableSchema, origin: Origin | None = None) -> TableView:
+    async def create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
         """Make a table, or wait for the one that is being made of the same schema, from the same origin.
 
         Raises:
@@ -137,7 +142,7 @@ class TableChanges:
             require_no_key_table(schema.name, "made")
         return await self._create(schema, origin)
 
-    async def _create(self, schema: TableSchema, origin: Origin | None = None) -> TableView:
+    async def _create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
@@ -265,7 +270,7 @@ class TableChanges:
             if self._roster.complete:  # else it is seen once all shards were heard
                 self._require_none(schema, origin)
 
-    def _require_none(self, schema: TableSchema, origin: Origin | None) -> None:
+    def _require_none(self, schema: TableSchema, origin: Origin | Fork | None) -> None:
         """Raises AlreadyExists where there is a table of that name, in whose place it is not to be."""
         present = self._roster.find(schema.name)
         if present is None:
@@ -276,12 +281,13 @@ class TableChanges:
                     f"table {schema.name!r} was made or restored after this restore was asked for, perhaps by an "
                     f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
                 )
-            _require_alike(present.schema, schema, origin.source)
+            if isinstance(origin, Origin):
+                _require_alike(present.schema, schema, origin.source)
         else:
             found = "; ".join(differences(present.schema, schema))
             remedy = (
                 f"take it with pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
-                if origin is None
+                if not isinstance(origin, Origin)
                 else "say replace=True (--replace) for the place of that one, or another name (name=, --as)"
             )
             raise AlreadyExists(
@@ -289,7 +295,7 @@ class TableChanges:
                 f"{present.schema.dtype}{'; it differs: ' + found if found else ''}); {remedy}"
             )
 
-    def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:
+    def _require_new(self, schema: TableSchema, origin: Origin | Fork | None) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
         if self._roster.complete:  # a shard that was not heard may have been told to drop that one
             self._require_none(schema, origin)
@@ -337,15 +343,20 @@ class TableChanges:
                 schema = replace(making.schema, table_id=table_id)
                 self._require_none(schema, making.origin)
                 infos = self._roster.infos
-                view, making.bytes_of = await self._runner.run(
-                    lambda: first_view(schema, infos, self._roster.controller)
-                )
-                self._roster.unfinished.add(table_id)
-                if making.origin is not None and making.origin.source.checkpoint:
-                    view = self._roster.save(view, making.origin.source, making.origin.ledger.version)
-                making.view = view
-            request = _attached(view, making.origin)
-            await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
+                origin = making.origin
+                if isinstance(origin, Fork):
+                    view = await self._fork(making, schema, origin, infos)
+                else:
+                    view, making.bytes_of = await self._runner.run(
+                        lambda: first_view(schema, infos, self._roster.controller)
+                    )
+                    self._roster.unfinished.add(table_id)
+                    if origin is not None and origin.source.checkpoint:
+                        view = self._roster.save(view, origin.source, origin.ledger.version)
+                    making.view = view
+            if not isinstance(origin, Fork):
+                request = _attached(view, origin)
+                await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, schema.name)
             made = AttachTable(view=view, mode="confirm")
             making.asked = True
@@ -364,6 +375,18 @@ class TableChanges:
             raise
         finally:
             self._roster.unfinished.discard(table_id)
+
+    async def _fork(self, making: Making, schema: TableSchema, fork: Fork, infos: tuple[ShardInfo, ...]) -> TableView:
+        """Have all shards hold it, with ``changing`` held: the other table's pages stay where they are."""
+        await self._telling.require_settled(())
+        base = self._roster.view(fork.table)
+        if base.schema.table_id != fork.table_id:
+            raise NotFound(f"table {fork.table!r} was dropped, or replaced, before it was forked")
+        making.view = view = forked_view(schema, base, infos, self._roster.controller)
+        making.bytes_of = bytes_by_owner(schema, view.placement.owners, view.placement.key_owners)
+        self._roster.unfinished.add(schema.table_id)
+        await self._forking.fork(view, base, infos)
+        return view
 
     async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
         """Leave nothing of a table on any shard. Where one was asked to confirm it, that one says whether it is made:

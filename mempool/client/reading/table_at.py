@@ -106,6 +106,14 @@ class TableAt(Table):
         """A version has no versions."""
         self._refuse("read at another version")
 
+    def fork(self, name: str) -> NoReturn:
+        """No optimizer state is kept for it."""
+        self._refuse("forked")
+
+    def reset(self, to: "Table | str") -> NoReturn:
+        """Nothing writes to it."""
+        self._refuse("written to")
+
     def requires_grad_(self, requires_grad: bool = True) -> "TableAt":
         """Only False: nothing trains it."""
         if requires_grad:

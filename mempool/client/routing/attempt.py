@@ -288,36 +288,46 @@ class Attempt:
     async def step_count(self, *, to: int | None, writer: Writer) -> int:
         """How many steps the table's optimizer counts; ``to`` makes it that many.
 
+        The first owner is told first, and what it counts is what all should: where whoever set it has died in between,
+        the next one to ask makes the others count so.
+
         Raises:
             StepConflict: Owners are at different versions: somebody commits meanwhile.
         """
+        owners = self.plan.owners
 
         async def ask(host: ShardHost, envelope: Envelope) -> StepCountReply:
             reply = await host.step_count(StepCountRequest(envelope=envelope))
             self._fanout.saw(reply.stamp.table_version)
             return reply
 
-        replies = await self._fanout.each([(owner, ask) for owner in self.plan.owners])
+        replies = await self._fanout.each([(owner, ask) for owner in owners])
+        if len({reply.count for reply in replies}) > 1:
+            # Asked again: the others may have been told since the first one was asked.
+            replies[:1] = await self._fanout.each([(owners[0], ask)])
         seen = seen_of(self.plan, [reply.stamp for reply in replies])
-        counts = {reply.count for reply in replies}
-        if seen.oldest_version != seen.newest_version or (to is None and len(counts) > 1):
+        counts = [reply.count for reply in replies]
+        if seen.oldest_version != seen.newest_version:
             raise StepConflict(
                 f"owners of table {self.plan.schema.name!r} are at versions {seen.oldest_version} to "
-                f"{seen.newest_version} and count {min(counts)} to {max(counts)} steps: somebody commits, or sets the "
-                "step, meanwhile. Do it again while nobody trains"
+                f"{seen.newest_version} and count {min(counts)} to {max(counts)} steps: somebody commits meanwhile. Do "
+                "it again while nobody trains"
             )
-        if to is None:
-            return counts.pop()
+        wanted = counts[0] if to is None else to
+        if to is None and len(set(counts)) == 1:
+            return wanted
 
         with writer.begin() as write:  # of each try its own: at another version it is another write
 
             async def tell(host: ShardHost, envelope: Envelope) -> StepCountReply:
                 return await host.step_count(
-                    StepCountRequest(envelope=envelope, set=to, at_version=seen.oldest_version, write_id=write.id)
+                    StepCountRequest(envelope=envelope, set=wanted, at_version=seen.oldest_version, write_id=write.id)
                 )
 
-            await self._fanout.each([(owner, tell) for owner in self.plan.owners])
-        return to
+            if to is not None:
+                await self._fanout.each([(owners[0], tell)])
+            await self._fanout.each([(owner, tell) for owner in owners[1:]])
+        return wanted
 
 
 def gather_request(

@@ -104,5 +104,9 @@ class Stepping(Protocol):
     def steps_together(self) -> bool:
         """Whether all ranks commit as one: also those that have nothing pending."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether others may still commit what this rank has come with in a call that was cut off."""
+
     async def leave(self) -> None:
         """Say that this rank comes no more."""

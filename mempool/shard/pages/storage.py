@@ -164,6 +164,7 @@ class Storage:
         self.on_change()
         self.moments.end("its pages were lost")
         self.lost, self.key_lost = self.owned.copy(), self.key_owned.copy()
+        self.close()
         self.arenas.clear()
         self._lanes = ()
         self.heads, self.head_keys = (), self.head_keys[:0].clone()
@@ -177,6 +178,11 @@ class Storage:
     @property
     def num_bytes(self) -> int:
         return sum(arena.num_bytes for arena in self.arenas.values()) + self.head_keys.nbytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a fork: bytes that are another's memory still; any thread may ask."""
+        return sum(arena.shared_bytes for arena in list(self.arenas.values()))
 
     @property
     def load(self) -> float:
@@ -227,7 +233,15 @@ class Storage:
 
     def drop_idle_arenas(self) -> None:
         """Free arenas that no page lies in, staged or owned."""
+        for arena in self.arenas.values():
+            if not arena.num_taken:
+                arena.close()
         self.arenas = {blocks: arena for blocks, arena in self.arenas.items() if arena.num_taken}
+
+    def close(self) -> None:
+        """Nobody asks for it any more; forks of it go on. Repeatable."""
+        for arena in self.arenas.values():
+            arena.close()
 
     def shrink_arenas(self) -> None:
         """Shrink arenas that are mostly empty. Rows move: not while a prepared step knows where they lie."""

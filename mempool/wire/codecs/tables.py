@@ -11,6 +11,7 @@ from mempool.placement.changes import KnownView, ViewChange
 from mempool.types.pool import (
     CheckpointProgress,
     DropTable,
+    ForkTable,
     PinStatus,
     PoolStatus,
     RescaleProgress,
@@ -413,6 +414,10 @@ CHECKPOINT_REPLY = ProtoCodec(
 RESTORE_REQUEST = ProtoCodec(Mirror(pool_pb2.RestoreRequest, RestoreTables, {"schema": SCHEMA}, optional=("schema",)))
 RESTORE_REPLY: ProtoCodec[tuple[TableView, ...], pool_pb2.RestoreReply] = ProtoCodec(
     Only(pool_pb2.RestoreReply, "views", Several(VIEW))
+)
+FORK_TABLE_REQUEST = ProtoCodec(Mirror(pool_pb2.ForkTableRequest, ForkTable), MAX_SMALL_BYTES)
+FORK_TABLE_REPLY: ProtoCodec[TableView, pool_pb2.ForkTableReply] = ProtoCodec(
+    Only(pool_pb2.ForkTableReply, "view", VIEW)
 )
 GET_STATUS_REQUEST: ProtoCodec[None, pool_pb2.GetStatusRequest] = ProtoCodec(
     Only(pool_pb2.GetStatusRequest), MAX_SMALL_BYTES
