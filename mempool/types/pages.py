@@ -197,7 +197,7 @@ class AttachTable:
         ledger: Where the table's history stands; None for a new table.
         pending: The table is being made: it answers no client, and is among no views, until it is confirmed.
         source: Of "restore" alone.
-        fork: Of "fork" and "forked" alone.
+        fork: Of "fork" and "forked"; in a shard's snapshot, the table that it was a fork of when it was made.
     """
 
     view: TableView

@@ -6,11 +6,14 @@ trains it, train the fork beside it, and be killed; then opens the pool again, f
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,9 +49,18 @@ def digest(table: Table) -> str:
 
 
 def memory() -> int:
-    """Bytes that this process has, what it shares counted once."""
+    """Bytes that this process has: its own, and files without a name, mapped by whomever or not."""
     with open("/proc/self/smaps_rollup") as lines:
-        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        own = sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+    files = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return own + sum(512 * file.stat().st_blocks for file in files if _is_memory(file))
+
+
+def _is_memory(file: Path) -> bool:
+    try:
+        return os.readlink(file).startswith("/memfd:")
+    except FileNotFoundError:  # the one that lists them
+        return False
 
 
 def shared(pool: Pool, name: str) -> int:
@@ -157,7 +169,8 @@ def main() -> int:
     print(json.dumps(said, indent=1))
     good = bool(said["base_unchanged"])
     for snapshot in (True, False):
-        found = reopen(options.folder, digests, snapshot=snapshot)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            found = apart.submit(reopen, options.folder, digests, snapshot=snapshot).result()
         print("killed and opened" if snapshot else "opened from the snapshot", json.dumps(found, indent=1))
         good = good and bool(found["same_bits"])
     return 0 if good else 1

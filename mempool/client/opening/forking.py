@@ -35,19 +35,24 @@ class Forks:
     def reset(self, schema: TableSchema, to: "Table | str") -> None:
         """As ``Table.reset``."""
         name = _name(getattr(to, "name", to), of=schema.name)
-        if getattr(to, "version", None) is not None:
+        given = None if isinstance(to, str) else to
+        if getattr(given, "version", None) is not None:
             raise InvalidRequest(
                 f"table {schema.name!r} cannot become what {to!r} is: a version that is read has no optimizer state. "
                 "Fork the table while it is there, and reset to the fork. Nothing was changed."
             )
-        if getattr(to, "address", None) not in (None, self.connection.where.address):
-            raise InvalidRequest(f"{to!r} is another pool's than table {schema.name!r}. Nothing was changed.")
-        self.taken_over(self.connection.run_long(self._reset(schema.name, name)))
+        if given is not None and given.forks is not self:
+            raise InvalidRequest(
+                f"{to!r} was opened by another pool, or another client of it, than table {schema.name!r}: give its "
+                "name, where it is of the same pool. Nothing was changed."
+            )
+        table_id = 0 if given is None else given.schema.table_id
+        self.taken_over(self.connection.run_long(self._reset(schema.name, name, table_id)))
 
-    async def _reset(self, name: str, to: str) -> TableView:
+    async def _reset(self, name: str, to: str, table_id: int) -> TableView:
         tries, api = self.connection.tries, self.connection.api
         try:
-            source = await tries.run(to, lambda: api.table(to))
+            source_id = table_id or (await tries.run(to, lambda: api.table(to))).schema.table_id
         except NotFound as error:
             raise NotFound(
                 f"{error.message}. A table becomes what another table is (table.fork makes one); what pool.snapshot "
@@ -55,9 +60,7 @@ class Forks:
             ) from None
         # What is made from now on is nothing that this replaces, however late a copy of it comes.
         newest = max((view.schema.table_id for view in await tries.run(name, api.tables)), default=1)
-        return await self._ask(
-            ForkTable(table=to, table_id=source.schema.table_id, name=name, replace=True, newest_id=newest)
-        )
+        return await self._ask(ForkTable(table=to, table_id=source_id, name=name, replace=True, newest_id=newest))
 
     async def _ask(self, request: ForkTable) -> TableView:
         with calling(Caller()):  # no deadline goes along: the work is as long as the table is large

@@ -86,15 +86,23 @@ def _place(
 
 def _fill(arena: Arena, place: int, arrays: Mapping[str, memoryview]) -> None:
     """Write the rows of an arena's page that are other than those of these bytes."""
-    read = {
-        name: torch.from_numpy(np.frombuffer(arrays[name], dtype=np.uint8).copy()).view(stored.shape[1], -1)
-        for name, stored in arena.raw.items()
-        if stored.shape[2]
-    }
-    stored = {name: arena.raw[name][place].view(torch.uint8) for name in read}
-    other = [(rows.to(stored[name].device) != stored[name]).any(dim=1) for name, rows in read.items()]
-    rows = torch.stack(other).any(dim=0).nonzero()[:, 0] if arena.forked else torch.arange(len(other[0]))
-    if len(rows):
-        with arena.writing(rows.to(arena.device) + place * len(other[0])):
+    stored = {name: pages[place].view(torch.uint8) for name, pages in arena.raw.items() if pages.shape[2]}
+    read = {name: np.frombuffer(arrays[name], dtype=np.uint8).reshape(rows.shape) for name, rows in stored.items()}
+    if arena.forked is None:
+        other = np.arange(len(next(iter(read.values()))))
+    else:
+        other = np.flatnonzero(
+            np.any([_other(read[name], rows.cpu().numpy()) for name, rows in stored.items()], axis=0)
+        )
+    if len(other):
+        rows = torch.from_numpy(other).to(arena.device)
+        with arena.writing(rows + place * len(next(iter(read.values())))):
             for name, found in read.items():
-                stored[name][rows] = found[rows.cpu()].to(arena.device)
+                stored[name][rows] = torch.from_numpy(found[other]).to(arena.device)
+
+
+def _other(one: npt.NDArray[np.uint8], two: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which rows are not the same."""
+    wide = np.uint64 if not one.shape[1] % 8 else np.uint8
+    found: npt.NDArray[np.bool_] = (one.view(wide) != two.view(wide)).any(axis=1)
+    return found

@@ -8,7 +8,7 @@ from mempool.shard.pages.named_arrays import Blocks
 from mempool.shard.pages.storage import Storage
 from mempool.types import Placement
 
-_PIECE_BYTES = 32 * 2**20
+_PIECE_BYTES = 8 * 2**20
 """Moved at once to where it can be shared: whoever asks next waits for that."""
 
 

@@ -4,6 +4,7 @@ All runs on the engine's thread.
 """
 
 from mempool.errors import InvalidRequest, StalePlacement
+from mempool.shard.bounds import check_number, check_token
 from mempool.shard.hosted import HostedTable
 from mempool.shard.tenancy import Tenancy
 from mempool.types import AttachTable, ForkPoint, Ledger
@@ -13,13 +14,18 @@ def take_fork(tenancy: Tenancy, request: AttachTable) -> HostedTable | None:
     """Take the moment at which a table is forked. Returns the new one; None: it was taken before.
 
     Raises:
-        InvalidRequest: The request names no table to be forked, or there is not so much memory.
+        InvalidRequest: The request does not name the table of which it is to be a fork, or there is not so much memory.
         NotFound: That one, or the new one, is not here.
         StalePlacement: That one is not frozen by the round that is named, at that version, or its pages have moved.
         DataLoss: Pages of that one are lost.
     """
     point = checked_point(request)
     table = tenancy.table(request.view.schema.table_id)
+    if table.fork_of != point.table_id or not point.token:
+        raise InvalidRequest(
+            f"table {table.view.schema.name!r} was not attached as a fork of table {point.table_id}, or the request "
+            "names no round that holds that one frozen. Nothing was changed."
+        )
     if table.forked is None:
         return None
     base = tenancy.table(point.table_id)
@@ -79,6 +85,9 @@ def base_of(tenancy: Tenancy, request: AttachTable) -> HostedTable | None:
 
 def checked_point(request: AttachTable) -> ForkPoint:
     """Raises InvalidRequest where a table that is to be a fork names none."""
-    if request.fork is None:
+    point = request.fork
+    if point is None:
         raise InvalidRequest("a table that is to be a fork does not say of which (fork). Nothing was changed.")
-    return request.fork
+    check_token(point.token)
+    check_number("version", point.version)
+    return point

@@ -113,7 +113,7 @@ class SharedFile:
 
     def orphan_bytes(self, borrowed: "Borrowed") -> int:
         """Bytes that it takes beside those that its forks are counted for, where nobody else has it: of the first."""
-        if self._needed_bytes is None or not self.borrowed or self.borrowed[0] is not borrowed:
+        if self._needed_bytes is None or borrowed not in self.borrowed[:1]:
             return 0
         return max(0, self._needed_bytes - borrowed.shared_bytes)
 

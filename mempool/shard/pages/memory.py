@@ -23,6 +23,7 @@ from mempool.shard.forks.sharing import PAGE_BYTES, Borrowed, SharedFile, System
 _NO_ACCESS = 0  # PROT_NONE
 _HUGE_PAGE_BYTES = 2 * 2**20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14
+_COLLAPSE = 25  # MADV_COLLAPSE, of Linux 6.1
 _POPULATED_BYTES = 32 * 2**20
 """At once, by each of so many threads at most:"""
 _POPULATING = 8
@@ -323,7 +324,14 @@ class _Range:
             some = min(end, first + _MOVED_BYTES)
             file.take(self._bytes(first, some))
             file.map(self._address + first, first, some, private=False)
+            self._have_huge_pages(first, some)
             file.num_bytes = first = some
+
+    def _have_huge_pages(self, first: int, end: int) -> None:
+        """Where the system gives them to files without a name, which it does not by itself."""
+        first, end = (at // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES for at in (first, end))  # what is before is there
+        if first < end:
+            libc().madvise(self._address + first, end - first, _COLLAPSE)
 
     def borrow(self, file: SharedFile, num_bytes: int) -> Borrowed:
         """Have the first bytes of that file, and memory of its own where they are written to. Raises OSError."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mempool.shard.forks.sharing import pages_of
-from mempool.shard.pages.memory import ReservedRows
+from mempool.shard.pages import memory
+from mempool.shard.pages.memory import AllocatedRows, ReservedRows, Rows
 
 WIDTH = 96  # of float32: rows lie across the system's pages
 ROWS = 40_000
@@ -36,7 +37,12 @@ def write(rows: ReservedRows, at: Tensor, value: float) -> None:
 
 
 def private_bytes(rows: ReservedRows) -> int:
-    """Of its mapping, what the system says is its own: of smaps, what is anonymous."""
+    """Of its mapping, what the system says is its own: what is anonymous."""
+    return mapped(rows, "Anonymous:")
+
+
+def mapped(rows: ReservedRows, kind: str) -> int:
+    """Bytes of its mapping of that kind, as the system says in smaps."""
     first = rows.first(1).data_ptr()
     end = first + rows._range.readable(rows._num_bytes)
     own, inside = 0, False
@@ -46,7 +52,7 @@ def private_bytes(rows: ReservedRows) -> int:
             if "-" in head and not head.endswith(":"):
                 begin = int(head.split("-")[0], 16)
                 inside = first <= begin < end
-            elif inside and head == "Anonymous:":
+            elif inside and head == kind:
                 own += int(line.split()[1]) * 1024
     return own
 
@@ -61,6 +67,20 @@ def test_moving_memory_changes_neither_what_it_holds_nor_where_it_lies() -> None
     rows.first(ROWS + 100)[ROWS:] = 1.0  # what has come since is moved, too
     assert shared(rows).fork().first(ROWS + 100)[-1, -1] == 1.0
     assert torch.equal(rows.first(ROWS), before)
+
+
+def test_memory_that_is_shared_lies_in_huge_pages_where_the_system_gives_them() -> None:
+    large = 8 * 2**21 // (4 * WIDTH)
+    rows = filled(large, max_rows=large)
+    before = rows.first(large).clone()
+    shared(rows)
+    if memory.libc().madvise(rows._range._address, 2**21, memory._COLLAPSE):
+        pytest.skip("it gives none")
+    assert mapped(rows, "ShmemPmdMapped:") >= 7 * 2**21
+    fork = rows.fork()
+    write(rows, torch.tensor([17]), 3.0)
+    assert torch.equal(fork.first(large), before)
+    assert private_bytes(fork) <= 2 * mmap.PAGESIZE
 
 
 def test_either_side_writes_for_itself_and_takes_what_it_wrote() -> None:
@@ -168,6 +188,26 @@ def test_who_gives_memory_back_takes_none_from_the_other() -> None:
     assert torch.equal(other.first(ROWS), before)
     assert torch.equal(shared(rows).fork().first(ROWS), rows.first(ROWS))
     assert torch.equal(other.first(ROWS), before)
+
+
+@pytest.mark.parametrize("kind", ["where nothing can be shared", "on another device"])
+def test_elsewhere_a_fork_is_a_copy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_SHARES", False)
+    rows: Rows = (
+        filled(300)
+        if "nothing" in kind
+        else AllocatedRows(width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
+    )
+    rows.resize(300)
+    before = rows.first(300).normal_().clone()
+    assert rows.share(2**20) == 0
+    fork = rows.fork()
+    assert not rows.shares
+    assert fork.shared_bytes == fork.orphan_bytes == 0
+    rows.first(300).zero_()
+    assert torch.equal(fork.first(300), before)
+    rows.close()
+    fork.close()
 
 
 @pytest.mark.parametrize("row_bytes", [1, 3, 48, 384, 4096, 5000, 8192, 12_000])
