@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 _MAX_MESSAGE = 1000
 
 
+class OthersChanged(Exception):
+    """Ranks that were to send updates again have come with others: they have dropped some, or pushed more."""
+
+    def __init__(self, arrivals: Sequence[Arrival]) -> None:
+        super().__init__()
+        self.arrivals = arrivals
+
+
 class _Others:
     """The other ranks of a meeting (``Others``)."""
 
@@ -40,7 +48,9 @@ class _Others:
             for table_id, (step_id, sequences) in missing.items()
         )
         async with self._one:
-            await self._group.again(parts, self._offer)
+            arrivals = await self._group.again(parts, self._offer)
+        if sequences_of([each for each in arrivals if each.rank]) != self._sequences:
+            raise OthersChanged(arrivals)
 
 
 class LedMeeting:

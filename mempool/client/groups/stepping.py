@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mempool.agreement.book import OF_OTHER_RANKS
 from mempool.agreement.groups.offers import sequences_of
 from mempool.client.groups.ending import became_decided
-from mempool.client.groups.leading import LedMeeting
+from mempool.client.groups.leading import LedMeeting, OthersChanged
 from mempool.client.groups.member import Member, error_of
 from mempool.client.routing.router import Router
 from mempool.client.training.commitment import Commitment, Prepared
@@ -64,7 +64,7 @@ class SyncGroup:
         self._ended = False  # what a commit came with that did not hear of its end is committed
         self._late: Counter[int] = Counter()  # updates of steps that turned out to be committed, by table
         self._prepared = False  # what is to be committed next: all were told its norm
-        self._in_doubt = False  # the leader has failed with what this rank had come to commit
+        self._in_doubt = False  # what this rank has come to commit may be committed, though it is asked to come again
         self._empty: set[int] = set()  # tables whose step this rank has come to commit, with nothing pending
 
     @property
@@ -102,7 +102,8 @@ class SyncGroup:
                 if reply is None:
                     continue
                 if self.member.leads:
-                    answer = await self._led(self._prepare_all(reply.arrivals, sessions, offer, timeout_s))
+                    preparing = partial(self._prepare_all, sessions=sessions, offer=offer, timeout_s=timeout_s)
+                    answer = await self._led(preparing, reply.arrivals)
                     if answer is not None:
                         return answer
                     continue
@@ -122,7 +123,8 @@ class SyncGroup:
                 reply = await self._arrive(sessions, offer)
                 done: bool | None = None
                 if reply is not None and self.member.leads:
-                    done = await self._led(self._commit_all(reply.arrivals, commitments, offer, timeout_s))
+                    committing = partial(self._commit_all, commitments=commitments, offer=offer, timeout_s=timeout_s)
+                    done = await self._led(committing, reply.arrivals)
                 elif reply is not None:
                     done = await self._heard(sessions, reply, committing=True) is not None
                 if done is None and prepared and not self._ended:  # whoever has come back asks for the norm first
@@ -167,13 +169,14 @@ class SyncGroup:
             self._giving.cancel()
         await self.member.leave()
 
-    async def again(self, parts: tuple[WordPart, ...], offer: MeetRequest) -> None:
+    async def again(self, parts: tuple[WordPart, ...], offer: MeetRequest) -> tuple[Arrival, ...]:
         """The leader, whose shards miss updates of other ranks: they send them, and come to the next meeting."""
         member = self.member
         member.say(Word(meeting=member.meeting, kind="again", parts=parts))
         reply = await member.arrive(offer)
         if reply.answer == "changed":
             raise self._begun_anew()
+        return reply.arrivals
 
     def _begun_anew(self) -> RankLost:
         group = self.member.joining.group
@@ -204,16 +207,21 @@ class SyncGroup:
             return None
         return reply
 
-    async def _led(self, work: Awaitable[T]) -> T | None:
+    async def _led(
+        self, carry_out: Callable[[Sequence[Arrival]], Awaitable[T]], arrivals: Sequence[Arrival]
+    ) -> T | None:
         """What the leader does for all. None: shards refuse it, as its group has begun anew meanwhile: come again."""
-        try:
-            return await work
-        except StepConflict:
-            generation = await self.member.newest_generation()
-            if generation == self.member.generation:
-                raise
-            await self._renew(generation)
-            return None
+        while True:
+            try:
+                return await carry_out(arrivals)
+            except OthersChanged as changed:
+                arrivals = changed.arrivals
+            except StepConflict:
+                generation = await self.member.newest_generation()
+                if generation == self.member.generation:
+                    raise
+                await self._renew(generation)
+                return None
 
     def _offer(
         self, sessions: Sequence[Session], phase: MeetPhase, commitments: Sequence[Commitment] = ()
@@ -320,8 +328,11 @@ class SyncGroup:
         """The leader's word, carried out; None: come again."""
         word = reply.word
         assert word is not None, "the home answers others with nothing else"
-        self._in_doubt = word.kind == "failed"
-        if not self._in_doubt:
+        if word.kind == "failed" or (word.kind == "again" and committing):  # its Commit may be on its way
+            self._in_doubt = True
+        elif word.kind != "again":
+            self._in_doubt = False
+        if word.kind != "failed":
             self._empty.clear()
         if word.kind == "again":
             await self._send_again(sessions, word)
