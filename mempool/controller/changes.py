@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
+from mempool.controller.saving.forking import Fork, Forking, forked_view
 from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable, StalePlacement
 from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
-    FlatKeySpec,
+    KeySpec,
     Ledger,
     Placement,
-    ProductKeySpec,
     ShardFill,
     ShardInfo,
     ShardStatus,
@@ -32,6 +32,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.keys import key_table, key_table_name
 from mempool.types.pool import MAX_PLACED_PAGES, MAX_TABLES, WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
@@ -70,7 +71,8 @@ class Making:
 
     Attributes:
         schema: As it was asked for, table_id 0.
-        origin: The checkpoint that its pages are read from; None: they get initial values.
+        origin: The checkpoint that its pages are read from, or the table that it is a fork of; None: they get initial
+            values.
         table_id: The id that it will have.
         first_id: The one that it was begun with, by which a caller may know it: later tables were heard of since.
         task: Makes it.
@@ -82,7 +84,7 @@ class Making:
 
     schema: TableSchema
     table_id: int
-    origin: "Origin | None" = None
+    origin: "Origin | Fork | None" = None
     first_id: int = 0
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
@@ -98,6 +100,7 @@ class TableChanges:
     Args:
         roster: The pool's shards and tables.
         calls, telling: Reach the shards.
+        forking: Has them make a table of another one.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
         clock: Seconds.
@@ -110,6 +113,7 @@ class TableChanges:
         calls: ShardCalls,
         *,
         telling: Telling,
+        forking: Forking,
         changing: asyncio.Lock,
         clock: Clock,
         runner: Runner,
@@ -117,12 +121,13 @@ class TableChanges:
         self._roster = roster
         self._calls = calls
         self._telling = telling
+        self._forking = forking
         self._clock = clock
         self._runner = runner
         self._changing = changing
         self._making: dict[str, Making] = {}
 
-    async def create(self, schema: TableSchema, origin: Origin | None = None) -> TableView:
+    async def create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
         """Make a table, or wait for the one that is being made of the same schema, from the same origin.
 
         Raises:
@@ -133,6 +138,11 @@ class TableChanges:
             MempoolError: A shard could not attach it; it is on none then.
         """
         check_schema(schema)
+        if origin is None:
+            require_no_key_table(schema.name, "made")
+        return await self._create(schema, origin)
+
+    async def _create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
@@ -160,6 +170,11 @@ class TableChanges:
 
     async def drop(self, name: str, table_id: int) -> None:
         """Drop a table; one that is being made is not made. As ``Controller.drop_table``."""
+        require_no_key_table(name, "dropped")
+        await self._drop(name, table_id)
+        await self._drop_keys(name)
+
+    async def _drop(self, name: str, table_id: int = 0) -> None:
         making = self._making.get(name)
         if making is not None and table_id in (0, making.table_id, making.first_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
@@ -180,6 +195,22 @@ class TableChanges:
             self._roster.forget(found)
             others = [info for info in self._roster.infos if info != told]
             await self._calls.everywhere(others, lambda host: host.drop_table(found), tolerant=True)
+
+    async def _drop_keys(self, name: str) -> None:
+        """Drop the table of the keys of a table that is gone. Where that fails it is left over, and is dropped when a
+        table of that name is made or restored."""
+        keys = key_table_name(name)
+        if keys in self._making or self._roster.find(keys) is not None:
+            try:
+                await self._drop(keys)
+            except MempoolError as error:
+                _LOG.warning("the keys of table %r, which is dropped, are left over: %s", name, error)
+
+    async def drop_left_over(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
+        """Drop keys of tables that are gone, in whose place these are to be."""
+        for schema, _ in tables:
+            if self._roster.complete and schema.name not in self._making and self._roster.find(schema.name) is None:
+                await self._drop_keys(schema.name)
 
     async def _decide_drop(self, view: TableView) -> ShardInfo:
         """Tell one shard that a table is dropped, an owner if one answers: that decides it, for every controller.
@@ -239,7 +270,7 @@ class TableChanges:
             if self._roster.complete:  # else it is seen once all shards were heard
                 self._require_none(schema, origin)
 
-    def _require_none(self, schema: TableSchema, origin: Origin | None) -> None:
+    def _require_none(self, schema: TableSchema, origin: Origin | Fork | None) -> None:
         """Raises AlreadyExists where there is a table of that name, in whose place it is not to be."""
         present = self._roster.find(schema.name)
         if present is None:
@@ -250,12 +281,13 @@ class TableChanges:
                     f"table {schema.name!r} was made or restored after this restore was asked for, perhaps by an "
                     f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
                 )
-            _require_alike(present.schema, schema, origin.source)
+            if isinstance(origin, Origin):
+                _require_alike(present.schema, schema, origin.source)
         else:
             found = "; ".join(differences(present.schema, schema))
             remedy = (
                 f"take it with pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
-                if origin is None
+                if not isinstance(origin, Origin)
                 else "say replace=True (--replace) for the place of that one, or another name (name=, --as)"
             )
             raise AlreadyExists(
@@ -263,7 +295,7 @@ class TableChanges:
                 f"{present.schema.dtype}{'; it differs: ' + found if found else ''}); {remedy}"
             )
 
-    def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:
+    def _require_new(self, schema: TableSchema, origin: Origin | Fork | None) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
         if self._roster.complete:  # a shard that was not heard may have been told to drop that one
             self._require_none(schema, origin)
@@ -282,6 +314,24 @@ class TableChanges:
             )
 
     async def _make(self, making: Making) -> TableView:
+        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own."""
+        if making.origin is not None:
+            return await self._make_one(making)
+        name, keys = making.schema.name, key_table(making.schema)
+        async with self._changing:
+            await self._know_all(name)
+            self._require_none(making.schema, None)
+        try:
+            await self._drop_keys(name)
+            if keys is not None:
+                await self._create(keys)
+            return await self._make_one(making)
+        except BaseException:
+            if self._roster.complete and self._roster.find(name) is None:  # else it may be made all the same
+                await self._drop_keys(name)
+            raise
+
+    async def _make_one(self, making: Making) -> TableView:
         table_id = making.table_id
         infos: tuple[ShardInfo, ...] = ()
         try:
@@ -293,15 +343,20 @@ class TableChanges:
                 schema = replace(making.schema, table_id=table_id)
                 self._require_none(schema, making.origin)
                 infos = self._roster.infos
-                view, making.bytes_of = await self._runner.run(
-                    lambda: first_view(schema, infos, self._roster.controller)
-                )
-                self._roster.unfinished.add(table_id)
-                if making.origin is not None and making.origin.source.checkpoint:
-                    view = self._roster.save(view, making.origin.source, making.origin.ledger.version)
-                making.view = view
-            request = _attached(view, making.origin)
-            await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
+                origin = making.origin
+                if isinstance(origin, Fork):
+                    view = await self._fork(making, schema, origin, infos)
+                else:
+                    view, making.bytes_of = await self._runner.run(
+                        lambda: first_view(schema, infos, self._roster.controller)
+                    )
+                    self._roster.unfinished.add(table_id)
+                    if origin is not None and origin.source.checkpoint:
+                        view = self._roster.save(view, origin.source, origin.ledger.version)
+                    making.view = view
+            if not isinstance(origin, Fork):
+                request = _attached(view, origin)
+                await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, schema.name)
             made = AttachTable(view=view, mode="confirm")
             making.asked = True
@@ -320,6 +375,18 @@ class TableChanges:
             raise
         finally:
             self._roster.unfinished.discard(table_id)
+
+    async def _fork(self, making: Making, schema: TableSchema, fork: Fork, infos: tuple[ShardInfo, ...]) -> TableView:
+        """Have all shards hold it, with ``changing`` held: the other table's pages stay where they are."""
+        await self._telling.require_settled(())
+        base = self._roster.view(fork.table)
+        if base.schema.table_id != fork.table_id:
+            raise NotFound(f"table {fork.table!r} was dropped, or replaced, before it was forked")
+        making.view = view = forked_view(schema, base, infos, self._roster.controller)
+        making.bytes_of = bytes_by_owner(schema, view.placement.owners, view.placement.key_owners)
+        self._roster.unfinished.add(schema.table_id)
+        await self._forking.fork(view, base, infos)
+        return view
 
     async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
         """Leave nothing of a table on any shard. Where one was asked to confirm it, that one says whether it is made:
@@ -362,6 +429,16 @@ class TableChanges:
         await asyncio.wait([making.task])
 
 
+def require_no_key_table(name: str, what: str) -> None:
+    """Raises InvalidRequest for the name of a table of keys, which has no life of its own. what: "made", "saved"."""
+    if name.endswith(key_table_name("")):
+        owner = name.removesuffix(key_table_name(""))
+        raise InvalidRequest(
+            f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
+            "was changed."
+        )
+
+
 def _attached(view: TableView, origin: Origin | None) -> AttachTable:
     if origin is None:
         return AttachTable(view=view, mode="initialise", pending=True)
@@ -400,7 +477,7 @@ def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[s
 
 
 def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, ProductKeySpec | FlatKeySpec) else shown(value)
+    return repr(value) if isinstance(value, KeySpec) else shown(value)
 
 
 def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:

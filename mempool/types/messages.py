@@ -131,6 +131,7 @@ class ArrayGather(NamedTuple):
         weights: [L] float32; None: all ones.
         offsets: [B + 1] int64.
         private: Nobody writes to the arrays.
+        pin: As of a ``GatherRequest``.
     """
 
     envelope: Envelope
@@ -141,6 +142,7 @@ class ArrayGather(NamedTuple):
     remember: bool
     release: tuple[int, ...]
     private: bool
+    pin: str = ""
 
 
 class ArrayGathered(NamedTuple):

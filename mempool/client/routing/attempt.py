@@ -27,10 +27,10 @@ from mempool.client.routing.slices import MESSAGE_BYTES, slices, some_at_a_time
 from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
     Envelope,
-    FlatKeySpec,
     GatherReply,
     GatherRequest,
     PinRequest,
+    ProductKeySpec,
     ScoreReply,
     ScoreRequest,
     ShardHost,
@@ -231,7 +231,7 @@ class Attempt:
     async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor, Seen]:
         """Top-k of the table's keys by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K] int64.
 
-        queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
+        queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys; [B, sections, D] where values are keys.
         """
         num_queries, num_heads, dim = queries.shape
         pieces = slices(num_queries, num_heads * max(topk * SCORED_BYTES, dim * queries.element_size()))
@@ -246,7 +246,7 @@ class Attempt:
         async def ask(host: ShardHost, envelope: Envelope) -> list[ScoreReply]:
             return await some_at_a_time([partial(ask_some, host, envelope, *piece) for piece in pieces])
 
-        flat = isinstance(self.plan.schema.keys, FlatKeySpec)
+        flat = not isinstance(self.plan.schema.keys, ProductKeySpec)
         owners = [route.info for route in self.plan.routes if route.blocks[0] == 0]
         if not flat:
             owners = [owner for owner, _ in self.plan.head_owners]

@@ -1,0 +1,73 @@
+"""Tables that begin as another one is, as their user asks for them. The pool goes on with it where nobody waits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mempool.client.opening.connection import Connection
+from mempool.errors import InvalidRequest, NotFound
+from mempool.types import ForkTable, TableSchema, TableView
+from mempool.types.caller import Caller, calling
+
+if TYPE_CHECKING:
+    from mempool.client.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Forks:
+    """Forks of one client's pool.
+
+    Args:
+        connection: To it.
+        opened: Gives the ``Table`` of a view. taken_over: Has those of its name go on with it, too.
+    """
+
+    connection: Connection
+    opened: "Callable[[TableView], Table]"
+    taken_over: "Callable[[TableView], Table]"
+
+    def fork(self, schema: TableSchema, name: object) -> "Table":
+        """As ``Table.fork``."""
+        new = _name(name, of=schema.name)
+        request = ForkTable(table=schema.name, table_id=schema.table_id, name=new)
+        return self.opened(self.connection.run_long(self._ask(request)))
+
+    def reset(self, schema: TableSchema, to: "Table | str") -> None:
+        """As ``Table.reset``."""
+        name = _name(getattr(to, "name", to), of=schema.name)
+        if getattr(to, "version", None) is not None:
+            raise InvalidRequest(
+                f"table {schema.name!r} cannot become what {to!r} is: a version that is read has no optimizer state. "
+                "Fork the table while it is there, and reset to the fork. Nothing was changed."
+            )
+        if getattr(to, "address", None) not in (None, self.connection.where.address):
+            raise InvalidRequest(f"{to!r} is another pool's than table {schema.name!r}. Nothing was changed.")
+        self.taken_over(self.connection.run_long(self._reset(schema.name, name)))
+
+    async def _reset(self, name: str, to: str) -> TableView:
+        tries, api = self.connection.tries, self.connection.api
+        try:
+            source = await tries.run(to, lambda: api.table(to))
+        except NotFound as error:
+            raise NotFound(
+                f"{error.message}. A table becomes what another table is (table.fork makes one); what pool.snapshot "
+                "keeps has no optimizer state. Nothing was changed"
+            ) from None
+        # What is made from now on is nothing that this replaces, however late a copy of it comes.
+        newest = max((view.schema.table_id for view in await tries.run(name, api.tables)), default=1)
+        return await self._ask(
+            ForkTable(table=to, table_id=source.schema.table_id, name=name, replace=True, newest_id=newest)
+        )
+
+    async def _ask(self, request: ForkTable) -> TableView:
+        with calling(Caller()):  # no deadline goes along: the work is as long as the table is large
+            view = await self.connection.api.fork(request)
+        return self.connection.router.adopt(view)
+
+
+def _name(name: object, *, of: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest(f"{name!r:.80} is no table's name: give a text. Nothing was changed.")
+    if name == of:
+        raise InvalidRequest(f"table {of!r} is that table itself: give another one's name. Nothing was changed.")
+    return name
