@@ -4,7 +4,7 @@ Pure: sends nothing and waits for nothing. How a step of several tables is agree
 """
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from mempool.types import StepId
@@ -162,6 +162,11 @@ class Book(Generic[U]):
                 self.closing = None
 
     @property
+    def next_committed(self) -> int:
+        """The number, at least, of the step that is committed next."""
+        return (self.closing or self.open).step_id.step
+
+    @property
     def generation(self) -> int:
         """In which its steps are numbered."""
         return self._rank[2]
@@ -204,6 +209,16 @@ class Book(Generic[U]):
     def applied(self) -> None:
         """Every owner has applied what was acknowledged."""
         self.applying = None
+
+    def go_under(self, step: int) -> None:
+        """The closing step, which another rank commits, has this number there by now."""
+        if self.closing is not None:
+            self.closing.step_id = replace(self.closing.step_id, step=step)
+
+    def take_back(self) -> None:
+        """What others were told is to be committed is so no more: nothing of it is decided, nor will be."""
+        if self.closing is not None:
+            self.closing.committing = False
 
     def give_up(self) -> int:
         """Drop what is pending and not decided; answers how many updates that were."""

@@ -19,10 +19,9 @@ from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound
 from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
-    FlatKeySpec,
+    KeySpec,
     Ledger,
     Placement,
-    ProductKeySpec,
     ShardFill,
     ShardInfo,
     ShardStatus,
@@ -33,6 +32,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.keys import key_table, key_table_name
 from mempool.types.pool import MAX_PLACED_PAGES, MAX_TABLES, WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
@@ -138,6 +138,11 @@ class TableChanges:
             MempoolError: A shard could not attach it; it is on none then.
         """
         check_schema(schema)
+        if origin is None:
+            require_no_key_table(schema.name, "made")
+        return await self._create(schema, origin)
+
+    async def _create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
@@ -165,6 +170,11 @@ class TableChanges:
 
     async def drop(self, name: str, table_id: int) -> None:
         """Drop a table; one that is being made is not made. As ``Controller.drop_table``."""
+        require_no_key_table(name, "dropped")
+        await self._drop(name, table_id)
+        await self._drop_keys(name)
+
+    async def _drop(self, name: str, table_id: int = 0) -> None:
         making = self._making.get(name)
         if making is not None and table_id in (0, making.table_id, making.first_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
@@ -185,6 +195,22 @@ class TableChanges:
             self._roster.forget(found)
             others = [info for info in self._roster.infos if info != told]
             await self._calls.everywhere(others, lambda host: host.drop_table(found), tolerant=True)
+
+    async def _drop_keys(self, name: str) -> None:
+        """Drop the table of the keys of a table that is gone. Where that fails it is left over, and is dropped when a
+        table of that name is made or restored."""
+        keys = key_table_name(name)
+        if keys in self._making or self._roster.find(keys) is not None:
+            try:
+                await self._drop(keys)
+            except MempoolError as error:
+                _LOG.warning("the keys of table %r, which is dropped, are left over: %s", name, error)
+
+    async def drop_left_over(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
+        """Drop keys of tables that are gone, in whose place these are to be."""
+        for schema, _ in tables:
+            if self._roster.complete and schema.name not in self._making and self._roster.find(schema.name) is None:
+                await self._drop_keys(schema.name)
 
     async def _decide_drop(self, view: TableView) -> ShardInfo:
         """Tell one shard that a table is dropped, an owner if one answers: that decides it, for every controller.
@@ -288,6 +314,24 @@ class TableChanges:
             )
 
     async def _make(self, making: Making) -> TableView:
+        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own."""
+        if making.origin is not None:
+            return await self._make_one(making)
+        name, keys = making.schema.name, key_table(making.schema)
+        async with self._changing:
+            await self._know_all(name)
+            self._require_none(making.schema, None)
+        try:
+            await self._drop_keys(name)
+            if keys is not None:
+                await self._create(keys)
+            return await self._make_one(making)
+        except BaseException:
+            if self._roster.complete and self._roster.find(name) is None:  # else it may be made all the same
+                await self._drop_keys(name)
+            raise
+
+    async def _make_one(self, making: Making) -> TableView:
         table_id = making.table_id
         infos: tuple[ShardInfo, ...] = ()
         try:
@@ -385,6 +429,16 @@ class TableChanges:
         await asyncio.wait([making.task])
 
 
+def require_no_key_table(name: str, what: str) -> None:
+    """Raises InvalidRequest for the name of a table of keys, which has no life of its own. what: "made", "saved"."""
+    if name.endswith(key_table_name("")):
+        owner = name.removesuffix(key_table_name(""))
+        raise InvalidRequest(
+            f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
+            "was changed."
+        )
+
+
 def _attached(view: TableView, origin: Origin | None) -> AttachTable:
     if origin is None:
         return AttachTable(view=view, mode="initialise", pending=True)
@@ -423,7 +477,7 @@ def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[s
 
 
 def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, ProductKeySpec | FlatKeySpec) else shown(value)
+    return repr(value) if isinstance(value, KeySpec) else shown(value)
 
 
 def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:

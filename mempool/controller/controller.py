@@ -271,6 +271,7 @@ class Controller:
             MempoolError: As ``create_table``.
         """
         found = await self._runner.run(lambda: origins_of(request), name="mempool-checkpoint")
+        await self._changes.drop_left_over(found)
         self._changes.require_new(found)
         views = await asyncio.gather(*(self._changes.create(*each) for each in found), return_exceptions=True)
         for view in views:

@@ -30,6 +30,7 @@ from mempool.types import (
     PreparePart,
     PrepareReply,
     PrepareRequest,
+    StepId,
 )
 
 
@@ -126,16 +127,20 @@ class Committing:
                 f"Prepare {attempt} of step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} comes "
                 f"late: {late}. Nothing was changed."
             )
+        if (before := self._before(table, part.step_id)) is not None:
+            return table.park_for_steps(before, self._asked_s())
         prepared = table.updates.prepared_step(part.step_id)
-        if prepared is not None and prepared.step < part.step_id.step:
-            if not self._tenancy.decisions.supersede(table, prepared):
-                return table.park_for_steps(prepared, self._asked_s())  # what became of that one comes first
-            prepared = None
-        if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
-            return table.park_for_steps(older, self._asked_s())
         if (table.frozen or table.storage.crowded()) and prepared is None:
             return PreparedPart(stamp=table.stamp, held_off=True)
         return PreparedPart(stamp=table.stamp, missing=commits.missing(table.updates, part.step_id, part.sequences))
+
+    def _before(self, table: HostedTable, step_id: StepId) -> PreparedStep | None:
+        """What a trainer had prepared there before that step, in its generation or an older one: it wants that no more,
+        but what became of it comes first. None: all of it is settled."""
+        decisions, prepared = self._tenancy.decisions, table.updates.prepared_step(step_id)
+        if prepared is not None and prepared.step < step_id.step and not decisions.supersede(table, prepared):
+            return prepared
+        return decisions.supersede_older(table, step_id)
 
     def commit(self, request: CommitRequest) -> CommitReply | Parked | Answered:
         bounds.check_commit(request)
@@ -143,14 +148,18 @@ class Committing:
         self._tenancy.log.require()
         if request.decided:
             return self._apply(request, tables)
-        first = tables[0]
-        if self._decided_version(first, request.parts[0]):
+        first, step_id = tables[0], request.parts[0].step_id
+        # Of one without updates it is a question: it is answered also of a generation that is over.
+        asks = len(tables) == 1 and not request.parts[0].sequences
+        if (asks and _known(first, request.parts[0])) or self._decided_version(first, request.parts[0]):
             return _committed(tables, [_known(table, part) for table, part in zip(tables, request.parts, strict=True)])
         if not first.is_gate:
             raise StalePlacement(
                 f"shard {first.info.shard} decides no steps of table {first.view.schema.name!r}: shard "
                 f"{first.gate} does"
             )
+        if (before := self._before(first, step_id)) is not None:
+            return first.park_for_steps(before, self._asked_s())
         try:
             for table, part in zip(tables, request.parts, strict=True):
                 table.require_newest(part.step_id)
@@ -158,7 +167,7 @@ class Committing:
                     raise _decided_apart(table, part)
             if request.one_phase:
                 return self._commit_in_one(request, tables)
-            decider = first.table_id, request.parts[0].step_id.step
+            decider = first.table_id, step_id.step
             if (other := self._with_another_decider(first, request.parts[0], decider)) is not None:
                 return first.park_for_steps(other, self._asked_s())
             for table, part in zip(tables, request.parts, strict=True):
@@ -167,7 +176,7 @@ class Committing:
                     commits.require_prepared(table.updates, part.step_id, sequences, decider=decider)
         except StepConflict as refusal:
             # Its trainer goes on under the next number: a copy of this that comes late must find the step over.
-            self._tenancy.decisions.refuse(first, request.parts[0].step_id)
+            self._tenancy.decisions.refuse(first, step_id)
             raise StepConflict(
                 f"{refusal.message} With that the step is over here, too: commit its updates as a later one."
             ) from refusal
@@ -193,14 +202,10 @@ class Committing:
                 )
         for table, part in zip(tables, request.parts, strict=True):
             table.updates.touch(part.step_id)
+            if (before := self._before(table, part.step_id)) is not None:
+                return table.park_for_steps(before, self._asked_s())
             prepared = table.updates.prepared_step(part.step_id)
-            if prepared is not None and prepared.step < part.step_id.step:
-                if not self._tenancy.decisions.supersede(table, prepared):
-                    return table.park_for_steps(prepared, self._asked_s())
-                prepared = None
             commits.refuse_older(prepared, part.step_id)
-            if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
-                return table.park_for_steps(older, self._asked_s())
             if (table.frozen or table.storage.crowded()) and prepared is None:
                 table.turns.held_off(part.step_id)
                 return table.park_until_thaw(self._asked_s())

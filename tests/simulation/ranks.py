@@ -56,6 +56,7 @@ class RankLife(_Life):
         self.coordinator = Coordinator(trainer.router)
         self.sessions: list[Session] = []
         self.mine: dict[tuple[int, int], Content] = {}
+        self.prepared = False
         self.ended = False
 
     async def live(self) -> None:
@@ -147,14 +148,22 @@ class RankLife(_Life):
     async def commit(self) -> bool:
         """Until it is done; False: the others have ended."""
         commitments = [Commitment(session, lr=0.05) for session in self.sessions]
+        self.prepared = False
         while True:
             self.doing = self.trainer.doing = f"a commit since {self.now_s():.1f} s"
             try:
+                if self.group.prepares and not self.prepared:  # as who clips
+                    await self.coordinator.prepare(self.sessions, timeout_s=30.0)
+                    self.prepared = True
+                    self.workload.marks["a prepare of a group"] += 1
                 await self.coordinator.commit(commitments, timeout_s=30.0)
             except RankLost:
                 self.workload.marks["a commit that was told of a lost rank"] += 1
+                self.prepared = False
                 if self.ended and self.group.all_ended():
                     return False
+                if self.group.drops and not self.ended and self.random.random() < 0.4:
+                    await self.drop()
             except self.workload.faults:
                 self.workload.marks["a commit of a group that failed"] += 1
             except MempoolError as error:
@@ -164,12 +173,39 @@ class RankLife(_Life):
                 break
             await asyncio.sleep(0.3)
         for session in self.sessions:
-            book = session.book
-            left = set(book.open.updates) | (set() if book.closing is None else set(book.closing.updates))
-            for key in [key for key in self.mine if key[0] == session.table_id and key[1] not in left]:
-                self.group.acknowledged.append((self.name, key[0], self.mine.pop(key)))
+            self.acknowledge(session, self.gone(session))
         self.workload.marks["a commit of a group"] += 1
         return True
+
+    async def drop(self) -> None:
+        """As zero_grad() after an error, and the step again: what may be committed stays, and comes with it."""
+        before = {
+            id(each): set() if each.book.closing is None else set(each.book.closing.updates) for each in self.sessions
+        }
+        dropped = await self.coordinator.discard(self.sessions, timeout_s=30.0)
+        for session, count in zip(self.sessions, dropped, strict=True):
+            gone = self.gone(session)
+            if count < len(gone):  # it has heard that what it had come with is committed
+                self.acknowledge(session, [key for key in gone if key[1] in before[id(session)]])
+                gone = [key for key in gone if key in self.mine]
+            if len(gone) != count:
+                self.workload.history.say(
+                    f"{self.name}: {count} updates are said to be dropped, and {len(gone)} are gone"
+                )
+            self.group.dropped += [(self.name, key[0], self.mine.pop(key)) for key in gone]
+            self.workload.marks["updates of a group that were dropped"] += count
+        for session in self.sessions:
+            await self.push(session)
+
+    def gone(self, session: Session) -> list[tuple[int, int]]:
+        """Its updates that are pending no more."""
+        book = session.book
+        left = set(book.open.updates) | (set() if book.closing is None else set(book.closing.updates))
+        return [key for key in self.mine if key[0] == session.table_id and key[1] not in left]
+
+    def acknowledge(self, session: Session, keys: list[tuple[int, int]]) -> None:
+        """They are committed, as this rank knows."""
+        self.group.acknowledged += [(self.name, session.table_id, self.mine.pop(key)) for key in keys]
 
 
 class GroupWorkload(Workload):
@@ -177,7 +213,8 @@ class GroupWorkload(Workload):
 
     Attributes:
         ended: Ranks that have committed since the end began.
-        acknowledged: (rank, table id, update) of each that a rank was told of.
+        acknowledged: (rank, table id, update) of each that a rank was told of. dropped: of each that it has dropped.
+        prepares, drops: Whether steps are prepared before they are committed, and dropped after an error.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -187,6 +224,9 @@ class GroupWorkload(Workload):
         self.changes_tables = False
         self.ended: set[int] = set()
         self.acknowledged: list[tuple[str, int, Content]] = []
+        self.dropped: list[tuple[str, int, Content]] = []
+        self.prepares = self._random.random() < 0.5
+        self.drops = self._random.random() < 0.5
 
     async def begin(self) -> None:
         await self._on(self._operator, self._make_tables(self._random.choice((1, 1, 2))))
@@ -257,6 +297,10 @@ def check_group(run: GroupRun) -> None:
         if not found[id(content)]:
             history.say(f"{name} was told that an update of table {table_id} is committed, and it is in no step")
             break
+    for name, table_id, content in workload.dropped:
+        if found[id(content)]:
+            history.say(f"{name} has dropped an update of table {table_id}, and it is in a step")
+            break
 
 
 def _let_in(groups: Groups, group: Any, request: Any, known: Any, now_s: float, _: int) -> None:  # noqa: ARG001
@@ -315,13 +359,16 @@ def main() -> int:
         "--without", choices=sorted(ABLATIONS), help="a safeguard that is off; ends with its first seed"
     )
     options = parser.parse_args()
-    began_s, failed, marks = time.monotonic(), 0, Counter[str]()
+    began_s, failed, done, marks = time.monotonic(), 0, 0, Counter[str]()
     seeds = range(options.seed, options.seed + options.seeds)
-    with get_context("spawn").Pool(options.processes, prepare_worker) as pool:
+    with get_context("spawn").Pool(options.processes, prepare_worker, maxtasksperchild=1000) as pool:
         name = options.without
         outcomes = pool.imap(play_without, [(name, seed) for seed in seeds]) if name else pool.imap(play, seeds)
         for outcome in outcomes:
             marks.update(outcome.marks)
+            done += 1
+            if done % 100 == 0:
+                print(f"... {done} seeds, {failed} with violations, {time.monotonic() - began_s:.0f} s", flush=True)
             if outcome.violations:
                 failed += 1
                 print(f"seed {outcome.seed}: {len(outcome.violations)} violations", flush=True)

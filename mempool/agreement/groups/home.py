@@ -8,16 +8,22 @@ updates are committed is ``step``'s, as of any trainer.
 import math
 from dataclasses import dataclass, field, replace
 
+from mempool.agreement.groups.bounds import PART_BYTES, bytes_of, bytes_of_word, check_request
 from mempool.errors import InvalidRequest, Overloaded
-from mempool.types.groups.meeting import Arrival, MeetReply, MeetRequest, RankState, Seen, Terms, Word
+from mempool.types.groups.meeting import (
+    Arrival,
+    MeetReply,
+    MeetRequest,
+    RankState,
+    Seen,
+    Terms,
+    Undecided,
+    Word,
+)
 
 MAX_GROUPS = 256
-MAX_RANKS = 4096
 MAX_BYTES = 64 * 2**20
 """Of what ranks arrive with, and of leaders' words, of all groups together."""
-_MAX_HOST = 1_000
-_NUMBER_BYTES = 8
-_PART_BYTES = 128
 
 
 @dataclass(slots=True)
@@ -25,7 +31,8 @@ class _Member:
     """One process that is a rank.
 
     generation: Of the group, that it has said it knows. meeting: at which it is. number: of its newest arrival, which
-    arrival is, where it is not over.
+    arrival is, where it is not over; of one that it has taken back, the next. ticket: With which it has joined. left:
+    It has said its last word: what else comes of it comes late.
     """
 
     said: MeetRequest
@@ -34,14 +41,15 @@ class _Member:
     meeting: int = 0
     number: int = 0
     arrival: MeetRequest | None = None
+    ticket: int = 0
     left: bool = False
 
 
 @dataclass(slots=True)
 class _Group:
-    """complete: The meeting at which all were there last. word: the leader's last one, in this generation. told: The
-    generation is known from what ranks have said, as it began before this home did; learned_s: when that was, also in
-    later generations. changes: See there."""
+    """complete: The meeting at which all were there last. word: the leader's last one, in this generation. undecided:
+    What ranks had arrived to commit when a later generation began. told: The generation is known from what ranks have
+    said, as it began before this home did; learned_s: when that was, also in later generations. changes: See there."""
 
     terms: Terms
     generation: int
@@ -52,6 +60,7 @@ class _Group:
     members: dict[int, _Member] = field(default_factory=dict)
     complete: int = 0
     word: Word | None = None
+    undecided: Undecided | None = None
 
 
 class Groups:
@@ -65,6 +74,8 @@ class Groups:
         self.lease_s = lease_s
         self._groups: dict[str, _Group] = {}
         self._num_bytes = 0
+        self._tickets = 0  # the newest that was given
+        self._first_ticket = 0  # of this home: all of an earlier one's are lower
 
     def changes(self, group: str) -> int:
         """Another number whenever somebody who waits is to be looked at again."""
@@ -84,22 +95,27 @@ class Groups:
             InvalidRequest: The group is joined under other terms, or the rank was replaced.
             Overloaded: There are too many groups, or they hold too much.
         """
-        _check(request)
+        check_request(request)
         heard_s = now_s if heard_s is None else heard_s
         if request.kind == "leave":
             return self._leave(request, now_s)
+        if request.kind == "join" and not self._is_due(request, first_generation):
+            self._tickets = max(self._tickets + 1, first_generation)
+            return MeetReply(answer="wait", lease_s=self.lease_s, ticket=self._tickets)
         group = self._group(request, now_s, first_generation)
         if isinstance(group, MeetReply):
             return group
         member = group.members.get(request.rank)
+        if member is not None and member.left and member.said.nonce == request.nonce:
+            return self._reply(group, "wait")  # nobody waits for this answer any more
         if member is None or member.said.nonce != request.nonce:
             reply = self._admit(group, request, member, now_s, first_generation)
             if reply is not None:
                 return reply
             member = group.members[request.rank]
-        if member.left or member.said.kind != request.kind:
+        if member.said.kind != request.kind:
             group.changes += 1
-        member.said, member.heard_s, member.left = _brief(request), max(heard_s, member.heard_s), False
+        member.said, member.heard_s = _brief(request), max(heard_s, member.heard_s)
         if request.kind != "join" or not group.step:  # who joins says where its model is, which may be elsewhere
             group.step = max(group.step, request.step)
         if request.generation > group.generation:  # this home has begun anew, and somebody has joined it since
@@ -118,7 +134,7 @@ class Groups:
             self._take_word(group, request.word)
             group.changes += 1
         if request.kind == "beat":
-            return self._reply(group, "heard")
+            return self._take_back(group, member, request, now_s) if request.number else self._reply(group, "heard")
         if self._is_late(member, request):
             return self._reply(group, "wait")  # nobody waits for this answer: what came after it counts
         member.number = request.number
@@ -132,8 +148,26 @@ class Groups:
         member.left, member.heard_s = True, now_s
         group.changes += 1
         self._take(member, None)
-        if all(each.left for each in group.members.values()):
-            self._forget(request.group, group)
+        return self._reply(group, "heard")
+
+    def _is_due(self, request: MeetRequest, first_generation: int) -> bool:
+        """Whether who joins was given a ticket here, and nobody has joined as that rank with a later one: a copy that
+        comes late, of a process that is gone, takes nobody's place."""
+        self._first_ticket = self._first_ticket or first_generation
+        group = self._groups.get(request.group)
+        known = None if group is None else group.members.get(request.rank)
+        if known is not None and known.said.nonce == request.nonce:
+            return True
+        return request.number >= self._first_ticket and (known is None or request.number > known.ticket)
+
+    def _take_back(self, group: _Group, member: _Member, request: MeetRequest, now_s: float) -> MeetReply:
+        """Its rank does not want to be at the meeting any more: it is not, unless all are, or may have been."""
+        arrival = member.arrival
+        unknown = group.learned_s is not None and member.number < request.number  # it may have been at an earlier home
+        if unknown or (arrival is not None and group.complete == arrival.meeting):
+            return self._reply(group, "wait", others=(self._seen(group, 0, now_s),))
+        member.number = max(member.number, request.number + 1)
+        self._take(member, None)
         return self._reply(group, "heard")
 
     def next_s(self, group: str, now_s: float) -> float:
@@ -147,9 +181,14 @@ class Groups:
 
     def _group(self, request: MeetRequest, now_s: float, first_generation: int) -> _Group | MeetReply:
         group = self._groups.get(request.group)
+        joins = request.kind == "join"
+        if group is not None and joins and all(each.left for each in group.members.values()):
+            known = group.members.get(request.rank)
+            if known is None or known.said.nonce != request.nonce:  # another job of that name
+                self._forget(request.group, group)
+                group = None
         if group is None:
             self._make_room(now_s)
-            joins = request.kind == "join"
             generation = first_generation if joins else request.generation
             learned_s = None if joins else now_s
             group = _Group(request.terms, generation, told=not joins, learned_s=learned_s)
@@ -181,11 +220,9 @@ class Groups:
                 f"and is joined by rank {request.rank} ({request.host}) with {request.terms.world_size}: say "
                 "elastic=True in all of them where it may go on with another number. Nothing was changed."
             )
-        for member in group.members.values():
-            self._take(member, None)
+        self._begin(group, group.generation + 1)
         group.members.clear()
         group.terms, group.learned_s = request.terms, None
-        self._begin(group, group.generation + 1)
         return None
 
     def _admit(
@@ -209,7 +246,8 @@ class Groups:
         if request.kind == "join" and (group.told or (known is not None and known.generation >= group.generation)):
             # Where what was before is known from others, that rank may have been in a later one than they know of.
             self._begin(group, max(group.generation + 1, first_generation if group.told else 0))
-        group.members[request.rank] = _Member(_brief(request), now_s)
+        ticket = request.number if request.kind == "join" else 0
+        group.members[request.rank] = _Member(_brief(request), now_s, ticket=ticket)
         group.changes += 1
         return None
 
@@ -225,12 +263,16 @@ class Groups:
             ]
             if late:
                 return self._reply(group, "wait", others=tuple(self._seen(group, rank, now_s) for rank in late))
-        return self._reply(group, "heard")
+        undecided = group.undecided
+        if undecided is not None and undecided.step <= group.step:  # what became of it was said since
+            undecided = None
+        return self._reply(group, "heard", undecided=undecided)
 
     def _arrived(self, group: _Group, member: _Member, request: MeetRequest, now_s: float) -> MeetReply | None:
         if group.terms.consistency == "bounded":
             return self._within_bounds(group, request, now_s)
-        if request.rank and group.word is not None and group.word.meeting == request.meeting:
+        # A later one is that of a meeting that the leader has given up before all were there: it says so.
+        if request.rank and group.word is not None and group.word.meeting >= request.meeting:
             self._take(member, request)
             return self._reply(group, "word", word=group.word)
         self._take(member, request)
@@ -331,26 +373,32 @@ class Groups:
 
     def _begin(self, group: _Group, generation: int) -> None:
         """What was agreed on before is over: meetings are counted anew."""
+        undecided = _undecided(group) or group.undecided
         group.generation, group.told, group.complete = generation, False, 0
         self._take_word(group, None)
         group.changes += 1
         for member in group.members.values():
             self._take(member, None)
             member.meeting = 0 if group.terms.consistency == "sync" else member.meeting
+        self._take_undecided(group, undecided)
 
     def _take(self, member: _Member, arrival: MeetRequest | None) -> None:
         """What a member has arrived with, in place of what it had."""
         if member.arrival is arrival:
             return
-        self._account(
-            _bytes_of(arrival) - _bytes_of(member.arrival), f"rank {member.said.rank} of {member.said.group!r}"
-        )
+        self._account(bytes_of(arrival) - bytes_of(member.arrival), f"rank {member.said.rank} of {member.said.group!r}")
         member.arrival = None if arrival is None else replace(arrival, word=None)
 
     def _take_word(self, group: _Group, word: Word | None) -> None:
         """The leader's, in place of the one before."""
-        self._account(_bytes_of_word(word) - _bytes_of_word(group.word), "the leader")
+        self._account(bytes_of_word(word) - bytes_of_word(group.word), "the leader")
         group.word = word
+
+    def _take_undecided(self, group: _Group, undecided: Undecided | None) -> None:
+        more = PART_BYTES * (len(undecided.parts) if undecided else 0)
+        less = PART_BYTES * (len(group.undecided.parts) if group.undecided else 0)
+        self._account(more - less, "a step that nobody knows the end of")
+        group.undecided = undecided
 
     def _account(self, more: int, whose: str) -> None:
         if more > 0 and self._num_bytes + more > MAX_BYTES:
@@ -376,6 +424,7 @@ class Groups:
         for member in group.members.values():
             self._take(member, None)
         self._take_word(group, None)
+        self._take_undecided(group, None)
         del self._groups[name]
 
     def _reply(self, group: _Group, answer: str, **more: object) -> MeetReply:
@@ -392,6 +441,21 @@ def _is_newer(word: Word, known: Word | None) -> bool:
     return known is None or (word != known and known.meeting <= word.meeting)
 
 
+def _undecided(group: _Group) -> Undecided | None:
+    """What ranks have arrived to commit, newest, where the leader has not said that it is over."""
+    arrivals = [each.arrival for each in group.members.values() if each.arrival is not None]
+    arrivals = [each for each in arrivals if each.phase == "commit" and each.generation == group.generation]
+    if not arrivals or group.terms.consistency != "sync":
+        return None
+    newest = max(each.meeting for each in arrivals)
+    if group.word is not None and group.word.meeting >= newest and group.word.kind != "failed":
+        return None
+    there = [each for each in arrivals if each.meeting == newest]
+    parts = {part.table_id: replace(part, sequences=()) for each in there for part in each.parts}
+    step = max(each.step for each in there) + 1
+    return Undecided(generation=group.generation, step=step, parts=tuple(parts.values()))
+
+
 def _progress(member: _Member | None) -> float:
     """Of a bounded rank: the step that it is at; one that has left holds nobody up."""
     return 0.0 if member is None else math.inf if member.left else float(member.meeting)
@@ -405,30 +469,3 @@ def _brief(request: MeetRequest) -> MeetRequest:
 def _restarts(request: MeetRequest, known: MeetRequest) -> bool:
     """Whether a newcomer's launcher has ended that process to start it; another job's has not, whatever it tries."""
     return request.kind == "join" and request.launcher == known.launcher and request.restart > known.restart
-
-
-def _check(request: MeetRequest) -> None:
-    terms = request.terms
-    if max(len(request.host), len(request.launcher)) > _MAX_HOST:
-        raise InvalidRequest(f"a rank's host and launcher are named in at most {_MAX_HOST} characters each.")
-    if not 1 <= terms.world_size <= MAX_RANKS:
-        raise InvalidRequest(f"world_size = {terms.world_size}: a group has 1 to {MAX_RANKS} ranks.")
-    if not 0 <= request.rank < terms.world_size:
-        raise InvalidRequest(f"rank = {request.rank} of world_size = {terms.world_size}: ranks are counted from 0.")
-    if request.kind in ("beat", "arrive") and not request.generation:
-        raise InvalidRequest(f"rank {request.rank} of group {request.group!r} has not joined.")
-    if request.kind == "arrive" and not request.meeting:
-        raise InvalidRequest("meetings are counted from 1.")
-
-
-def _bytes_of(arrival: MeetRequest | None) -> int:
-    if arrival is None:
-        return 0
-    return _PART_BYTES + sum(_PART_BYTES + _NUMBER_BYTES * len(part.sequences) for part in arrival.parts)
-
-
-def _bytes_of_word(word: Word | None) -> int:
-    if word is None:
-        return 0
-    parts = sum(_PART_BYTES + _NUMBER_BYTES * len(part.sequences) for part in word.parts)
-    return _PART_BYTES + 4 * len(word.message) + parts

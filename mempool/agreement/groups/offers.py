@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from mempool.errors import InvalidRequest
+from mempool.errors import InvalidRequest, RankLost
 from mempool.types.groups.meeting import Arrival, OfferedPart
 
 NameOf = Callable[[int], str]
@@ -18,7 +18,10 @@ def sequences_of(arrivals: Sequence[Arrival]) -> dict[int, tuple[int, ...]]:
 
 
 def check_offers(group: str, arrivals: Sequence[Arrival], name_of: NameOf) -> None:
-    """Raises InvalidRequest where ranks are about different things; the message names both sides."""
+    """Raises InvalidRequest where ranks are about different things; the message names both sides. RankLost, where some
+    were told of one that is back by now, and begin the step anew, and others have not heard of it."""
+    if len({each.phase for each in arrivals}) > 1 and all(each.want_norm for each in arrivals):
+        raise RankLost(f"group {group!r} prepares its step anew, as ranks were silent meanwhile: the same call goes on")
     first = arrivals[0]
     mine = {part.table_id: part for part in first.parts}
     for other in arrivals[1:]:

@@ -37,6 +37,10 @@ class ApartGroup:
     def steps_together(self) -> bool:
         return self.member.joining.terms.consistency == "bounded"  # so that each has counted the same steps
 
+    @property
+    def waits(self) -> bool:
+        return False  # nobody but itself
+
     def adopt(self, session: Session) -> None:
         joining = self.member.joining
         session.rejoin(group=joining.group, rank=joining.rank, generation=self.member.generation)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Awaitable, Callable
 
 from mempool.client.groups.apart import ApartGroup
+from mempool.client.groups.ending import end_before
 from mempool.client.groups.joining import JOIN_VARIABLE, Joining, found
 from mempool.client.groups.member import Member
 from mempool.client.groups.stepping import SyncGroup
@@ -71,6 +72,12 @@ async def enter(joining: Joining, *, coordinator: Coordinator, router: Router, a
     group = SyncGroup(coordinator, router) if sync else ApartGroup(coordinator)
     group.member = member = Member(joining, router=router, api=api, changed=group.changed)
     step = await member.join()
+    try:
+        if await end_before(member, router, api) and member.undecided is not None:
+            step = max(step, member.undecided.step)
+    except BaseException:
+        await member.leave()
+        raise
     if joining.step is not None and step != joining.step:
         coordinator.warn(
             f"rank {joining.rank} of group {joining.group!r} says that its model is at step {joining.step}, and the "

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mempool.agreement.groups.home import MAX_RANKS
+from mempool.agreement.groups.bounds import MAX_RANKS
 from mempool.client.counts import as_count, as_number
 from mempool.errors import InvalidRequest
 from mempool.types.groups.meeting import Terms

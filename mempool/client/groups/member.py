@@ -13,7 +13,7 @@ from mempool.client.groups.joining import Joining
 from mempool.client.routing.router import Router
 from mempool.errors import AlreadyExists, DeadlineExceeded, MempoolError, RankLost, ShardUnavailable
 from mempool.types import PoolApi, ShardInfo
-from mempool.types.groups.meeting import MeetKind, MeetReply, MeetRequest, Seen, Word
+from mempool.types.groups.meeting import MeetKind, MeetReply, MeetRequest, Seen, Undecided, Word
 
 HOME = 0
 """The shard that is the home of groups: the lowest-numbered one, which no rescale takes away."""
@@ -37,7 +37,9 @@ class Member:
         meeting: At which it arrives next.
         steps: That it has seen committed.
         word: Of the leader: its last one.
+        undecided: What ranks of an earlier generation had arrived to commit when it joined.
         lease_s: Silence after which a rank is taken for dead.
+        waits: It has arrived, and not heard what came of that.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Member:
         self.meeting = 1
         self.steps = joining.step or 0
         self.word: Word | None = None
+        self.undecided: Undecided | None = None
         self.lease_s = 10.0
+        self.waits = False
         self._router = router
         self._api = api
         self._changed = changed
@@ -83,11 +87,17 @@ class Member:
         """
         clock = asyncio.get_running_loop()
         began_s = clock.time()
+        ticket = 0
         while True:
-            reply = await self._ask("join")
+            reply = await self._ask("join", replace(self._base, number=ticket))
+            if reply.ticket:
+                first, ticket = not ticket, reply.ticket
+                if first:
+                    continue
             waited_s = clock.time() - began_s
             if reply.answer == "heard":
-                self.generation, self.lease_s = reply.generation, reply.lease_s
+                self.generation, self.lease_s, self.undecided = reply.generation, reply.lease_s, reply.undecided
+                self.steps = reply.step
                 self._beating = clock.create_task(self._beat())
                 return reply.step
             if reply.answer == "occupied" and waited_s > reply.lease_s + _LATE_S:
@@ -116,12 +126,14 @@ class Member:
         clock = asyncio.get_running_loop()
         began_s = clock.time()
         self._number += 1
+        self.waits = True
         offer = replace(offer, number=self._number)
         while True:
             reply = await self._ask("arrive", offer)
             if reply.answer == "lost":
                 raise self._lost(reply.others)
             if reply.answer != "wait":
+                self.waits = False
                 return reply
             if clock.time() - began_s > self.joining.patience_s:
                 raise DeadlineExceeded(
@@ -149,6 +161,24 @@ class Member:
         if reply.answer == "changed":
             await self._changed(reply.generation)
             await self._ask("beat")
+
+    async def newest_generation(self) -> int:
+        """The group's, asked for now."""
+        reply = await self._ask("beat")
+        return reply.generation if reply.answer == "changed" else self.generation
+
+    async def take_back(self) -> MeetReply | None:
+        """Ask that what it has arrived with, and heard no end of, is not committed. "heard": it is not; "wait": all are
+        there, or may have been; None: the home does not answer."""
+        with suppress(MempoolError):
+            reply = await self._ask("beat", replace(self._base, number=self._number))
+            self.waits = reply.answer == "wait"
+            return reply
+        return None
+
+    def begin(self, generation: int) -> None:
+        """Go on in a generation."""
+        self.generation, self.meeting, self.word, self.waits = generation, 1, None, False
 
     async def leave(self) -> None:
         """Say that it comes no more."""

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mempool.agreement.book import OF_OTHER_RANKS
-from mempool.agreement.groups.offers import check_offers, sequences_of
-from mempool.agreement.step_events import Part
+from mempool.agreement.groups.offers import sequences_of
+from mempool.client.groups.ending import became_decided
+from mempool.client.groups.leading import LedMeeting, OthersChanged
 from mempool.client.groups.member import Member, error_of
 from mempool.client.routing.router import Router
-from mempool.client.routing.together import Together
 from mempool.client.training.commitment import Commitment, Prepared
 from mempool.client.training.coordinator import Coordinator
 from mempool.client.training.joint import distinct
@@ -32,7 +32,6 @@ from mempool.types.groups.meeting import (
     MeetRequest,
     OfferedPart,
     Word,
-    WordKind,
     WordPart,
 )
 
@@ -41,31 +40,7 @@ if TYPE_CHECKING:
     from mempool.client.training.session import Session
 
 
-_MAX_MESSAGE = 1000
-
-
-class _Others:
-    """The other ranks of a meeting (``Others``)."""
-
-    def __init__(self, group: SyncGroup, arrivals: Sequence[Arrival], offer: MeetRequest) -> None:
-        self._group = group
-        self._sequences = sequences_of([each for each in arrivals if each.rank])
-        self._offer = offer
-        self._one = asyncio.Lock()
-
-    def sequences(self, table_id: int) -> tuple[int, ...]:
-        return self._sequences.get(table_id, ())
-
-    def own(self, sequence: int) -> bool:
-        return sequence < OF_OTHER_RANKS
-
-    async def send_again(self, missing: Mapping[int, tuple[StepId, tuple[int, ...]]]) -> None:
-        parts = tuple(
-            WordPart(table_id=table_id, step=step_id.step, sequences=sequences)
-            for table_id, (step_id, sequences) in missing.items()
-        )
-        async with self._one:
-            await self._group.again(parts, self._offer)
+T = TypeVar("T")
 
 
 class SyncGroup:
@@ -89,6 +64,7 @@ class SyncGroup:
         self._ended = False  # what a commit came with that did not hear of its end is committed
         self._late: Counter[int] = Counter()  # updates of steps that turned out to be committed, by table
         self._prepared = False  # what is to be committed next: all were told its norm
+        self._in_doubt = False  # what this rank has come to commit may be committed, though it is asked to come again
         self._empty: set[int] = set()  # tables whose step this rank has come to commit, with nothing pending
 
     @property
@@ -98,6 +74,10 @@ class SyncGroup:
     @property
     def steps_together(self) -> bool:
         return True
+
+    @property
+    def waits(self) -> bool:
+        return self.member.waits and not self.member.leads
 
     def adopt(self, session: Session) -> None:
         joining = self.member.joining
@@ -114,13 +94,16 @@ class SyncGroup:
         async with self._meeting:
             self._prepared = True
             while True:
+                if self._ended and not any(session.pending for session in sessions):
+                    return [None for _ in sessions]  # of a step that is committed, which its commit then says
                 offer = self._offer(sessions, "prepare")
                 offer = replace(offer, want_norm=want_norm, norm_order=norm_order)
                 reply = await self._arrive(sessions, offer)
                 if reply is None:
                     continue
                 if self.member.leads:
-                    answer = await self._prepare_all(reply.arrivals, sessions, offer, timeout_s)
+                    preparing = partial(self._prepare_all, sessions=sessions, offer=offer, timeout_s=timeout_s)
+                    answer = await self._led(preparing, reply.arrivals)
                     if answer is not None:
                         return answer
                     continue
@@ -136,16 +119,17 @@ class SyncGroup:
             while True:
                 if self._takes_end(sessions):
                     return [self._late.pop(session.table_id, 0) for session in sessions]
-                offer = self._offer(sessions, "commit", commitments)
+                offer = replace(self._offer(sessions, "commit", commitments), want_norm=self._prepared)
                 reply = await self._arrive(sessions, offer)
-                if reply is None:
-                    if prepared and not self._ended:  # whoever has come back asks for the norm first
-                        raise self._begun_anew()
-                    continue
-                if self.member.leads:
-                    if not await self._commit_all(reply.arrivals, commitments, offer, timeout_s):
-                        continue
-                elif await self._heard(sessions, reply, committing=True) is None:
+                done: bool | None = None
+                if reply is not None and self.member.leads:
+                    committing = partial(self._commit_all, commitments=commitments, offer=offer, timeout_s=timeout_s)
+                    done = await self._led(committing, reply.arrivals)
+                elif reply is not None:
+                    done = await self._heard(sessions, reply, committing=True) is not None
+                if done is None and prepared and not self._ended:  # whoever has come back asks for the norm first
+                    raise self._begun_anew()
+                if not done:
                     continue
                 self.member.steps += 1
                 self._prepared = False
@@ -155,12 +139,27 @@ class SyncGroup:
         """A rank's own: what no commit of the group names, shards drop with that."""
         if self.member.leads:
             return await self._coordinator.discard_own(sessions, timeout_s=timeout_s)
-        dropped = []
-        for session in sessions:
-            dropped.append(session.book.give_up())
-            session.book.given_up.clear()
-            session.counters.updates_discarded += dropped[-1]
-        return dropped
+        async with self._meeting:
+            await self._take_back()
+            dropped = []
+            for session in sessions:
+                dropped.append(session.book.give_up())
+                session.book.given_up.clear()
+                session.counters.updates_discarded += dropped[-1]
+            return dropped
+
+    async def _take_back(self) -> None:
+        """What this rank has come to commit, in a call that was cut off, is not to be: unless it may be decided."""
+        reply = await self.member.take_back() if self.waits else None
+        if reply is None:
+            return
+        if reply.answer == "changed":
+            await self._renew(reply.generation)
+            self._ended = False
+        elif reply.answer == "heard" and not self._in_doubt:
+            self._empty.clear()
+            for session in self._coordinator.sessions:
+                session.book.take_back()
 
     async def refresh(self) -> None:
         await self.member.hear()
@@ -170,13 +169,14 @@ class SyncGroup:
             self._giving.cancel()
         await self.member.leave()
 
-    async def again(self, parts: tuple[WordPart, ...], offer: MeetRequest) -> None:
+    async def again(self, parts: tuple[WordPart, ...], offer: MeetRequest) -> tuple[Arrival, ...]:
         """The leader, whose shards miss updates of other ranks: they send them, and come to the next meeting."""
         member = self.member
         member.say(Word(meeting=member.meeting, kind="again", parts=parts))
         reply = await member.arrive(offer)
         if reply.answer == "changed":
             raise self._begun_anew()
+        return reply.arrivals
 
     def _begun_anew(self) -> RankLost:
         group = self.member.joining.group
@@ -207,6 +207,22 @@ class SyncGroup:
             return None
         return reply
 
+    async def _led(
+        self, carry_out: Callable[[Sequence[Arrival]], Awaitable[T]], arrivals: Sequence[Arrival]
+    ) -> T | None:
+        """What the leader does for all. None: shards refuse it, as its group has begun anew meanwhile: come again."""
+        while True:
+            try:
+                return await carry_out(arrivals)
+            except OthersChanged as changed:
+                arrivals = changed.arrivals
+            except StepConflict:
+                generation = await self.member.newest_generation()
+                if generation == self.member.generation:
+                    raise
+                await self._renew(generation)
+                return None
+
     def _offer(
         self, sessions: Sequence[Session], phase: MeetPhase, commitments: Sequence[Commitment] = ()
     ) -> MeetRequest:
@@ -217,7 +233,7 @@ class SyncGroup:
             parts.append(
                 OfferedPart(
                     table_id=session.table_id,
-                    step=session.book.base,
+                    step=session.book.base if not self.member.leads else session.book.next_committed,
                     sequences=self._sealed(session, committing=phase == "commit"),
                     lr=lr,
                     grad_scale=grad_scale,
@@ -246,7 +262,7 @@ class SyncGroup:
     async def _prepare_all(
         self, arrivals: Sequence[Arrival], sessions: list[Session], offer: MeetRequest, timeout_s: float | None
     ) -> list[Prepared | None] | None:
-        async with _Meeting(self, sessions, arrivals, offer) as meeting:
+        async with LedMeeting(self, sessions, arrivals, offer) as meeting:
             if await meeting.ended_earlier(timeout_s):
                 return None
             answers = await self._coordinator.prepare_own(
@@ -282,7 +298,7 @@ class SyncGroup:
         timeout_s: float | None,
     ) -> bool:
         sessions = [each.session for each in commitments]
-        async with _Meeting(self, sessions, arrivals, offer) as meeting:
+        async with LedMeeting(self, sessions, arrivals, offer) as meeting:
             if await meeting.ended_earlier(timeout_s):
                 return False
             scaled = [replace(each, grad_scale=each.grad_scale * self._scale) for each in commitments]
@@ -312,6 +328,10 @@ class SyncGroup:
         """The leader's word, carried out; None: come again."""
         word = reply.word
         assert word is not None, "the home answers others with nothing else"
+        if word.kind == "failed" or (word.kind == "again" and committing):  # its Commit may be on its way
+            self._in_doubt = True
+        elif word.kind != "again":
+            self._in_doubt = False
         if word.kind != "failed":
             self._empty.clear()
         if word.kind == "again":
@@ -345,6 +365,8 @@ class SyncGroup:
         first = self.member.joining.rank * OF_OTHER_RANKS
         for part in word.parts:
             session = by_table.get(part.table_id)
+            if session is not None:
+                session.book.go_under(part.step)
             mine = [each for each in part.sequences if first < each < first + OF_OTHER_RANKS]
             if session is None or not mine:
                 continue
@@ -364,8 +386,9 @@ class SyncGroup:
 
     async def _give_back(self, sessions: Sequence[Session]) -> None:
         mine = [each for each in sessions if each.joint is None or each.joint.step.state == "open"]
-        steps = {each.table_id: [each.book.closing or each.book.open] for each in mine}
-        step_ids = {table_id: [step.step_id for step in found] for table_id, found in steps.items()}
+        step_ids = {
+            each.table_id: [*each.book.given_up, (each.book.closing or each.book.open).step_id] for each in mine
+        }
         if step_ids:
             with suppress(MempoolError):
                 await self._router.together(list(step_ids), lambda together: together.discard(step_ids))
@@ -393,8 +416,8 @@ class SyncGroup:
             session.joint = session.applying = None
             session.book.renew(generation)
         self._empty.clear()
-        self._prepared = False
-        self.member.generation, self.member.meeting, self.member.word = generation, 1, None
+        self._prepared = self._in_doubt = False
+        self.member.begin(generation)
 
     def _count(self, session: Session) -> None:
         count = session.book.acknowledged()
@@ -404,83 +427,11 @@ class SyncGroup:
 
     async def _is_decided(self, session: Session) -> bool:
         """Whether the group's step that this rank had arrived with is decided; if not, it never is from here on."""
-        joint, table_id = session.joint, session.table_id
-        known = None if joint is None else joint.step.tables[table_id].step_id
+        known = None if session.joint is None else session.joint.step.tables[session.table_id].step_id
         step_id = known or StepId(
             group=self.member.joining.group, rank=0, step=session.book.base, generation=session.book.generation
         )
-
-        async def ask(together: Together) -> bool:
-            gate = together.owners[0].shards[0]
-            part = Part(table_id=table_id, step_id=step_id, sequences=(), lr=0.0, grad_scale=1.0, version=0)
-            try:
-                reply = await together.commit(gate, (part,), one_phase=False)
-            except StepConflict:
-                return False
-            return reply.parts[0].version > 0
-
-        return await self._router.together([table_id], ask)
-
-
-class _Meeting:
-    """What the leader does between the arrival of all and its word, which it says however that ends."""
-
-    def __init__(
-        self, group: SyncGroup, sessions: list[Session], arrivals: Sequence[Arrival], offer: MeetRequest
-    ) -> None:
-        self._group = group
-        self._sessions = sessions
-        self._arrivals = arrivals
-        self._offer = offer
-
-    async def __aenter__(self) -> _Meeting:
-        group = self._group
-        try:
-            check_offers(group.member.joining.group, self._arrivals, group._router.name_of)
-        except MempoolError as error:
-            self._say("undone", error=error)
-            raise
-        group._coordinator.others = _Others(group, self._arrivals, self._offer)
-        return self
-
-    async def ended_earlier(self, timeout_s: float | None) -> bool:
-        """Whether a step was in doubt, which is committed now: what is pending beside it comes with the next."""
-        group = self._group
-        doubtful = [each for each in self._sessions if each.joint is not None and each.joint.step.state != "open"]
-        if not doubtful:
-            return False
-        counts = await group._coordinator.end_earlier(doubtful, timeout_s=timeout_s)
-        for session, count in counts.items():
-            group._late[session.table_id] += count
-        self._say(
-            "earlier",
-            [
-                WordPart(
-                    table_id=each.table_id,
-                    step=each.book.open.step_id.step,
-                    version=group._router.known_version(each.table_id) or 0,
-                )
-                for each in doubtful
-            ],
-        )
-        return True
-
-    def done(self, parts: Iterable[WordPart]) -> None:
-        """It ends well."""
-        self._say("done", parts)
-
-    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._group._coordinator.others = None
-        if isinstance(error, RankLost):
-            self._group.give_back_soon(self._sessions)
-        elif isinstance(error, MempoolError):
-            doubt = any(each.joint is not None and each.joint.step.state != "open" for each in self._sessions)
-            self._say("failed" if doubt else "undone", error=error)
-
-    def _say(self, kind: WordKind, parts: Iterable[WordPart] = (), *, error: MempoolError | None = None) -> None:
-        member = self._group.member
-        message, code = ("", 0) if error is None else (error.message[:_MAX_MESSAGE], int(error.code))
-        member.say(Word(meeting=member.meeting, kind=kind, parts=tuple(parts), message=message, code=code))
+        return await became_decided(self._router, session.table_id, step_id)
 
 
 async def _send_mine(attempt: Attempt, *, session: Session, step_id: StepId, sequences: Sequence[int]) -> None:

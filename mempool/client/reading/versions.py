@@ -3,14 +3,11 @@
 from typing import TYPE_CHECKING
 
 from mempool.client.counts import as_count
+from mempool.client.keys.keyed import Keyed
 from mempool.client.opening.forking import Forks
-from mempool.client.opening.waiting import Begin, Run
 from mempool.client.reading.pinning import pin_kept, pin_newest, pin_version
-from mempool.client.routing.router import Router
-from mempool.client.training.link import TableLink
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
-from mempool.types import TableSchema
 
 if TYPE_CHECKING:
     from mempool.client.reading.table_at import TableAt
@@ -20,15 +17,10 @@ LATEST = "latest"
 MAX_NAME_BYTES = 64
 
 
-class Versions:
+class Versions(Keyed):
     """A part of ``Table``."""
 
-    schema: TableSchema
-    _router: Router
     _session: Session
-    _run: Run
-    _begin: Begin
-    _link: TableLink
     forks: Forks | None = None
     """For ``Pool``: makes tables that are as this one is."""
 
@@ -50,6 +42,9 @@ class Versions:
                 version, while it is the newest one or somebody has it pinned. Another text: what ``pool.snapshot`` has
                 kept under that name.
 
+        The keys that it trains are read as they are now, too, or as the snapshot has them; not where the version is
+        given as a number, which is the values' own.
+
         Raises:
             VersionGone: There is no such snapshot, or the version is over and kept by nobody.
             InvalidRequest: The version is still to come.
@@ -70,6 +65,8 @@ class Versions:
                     f"or {LATEST!r}"
                 )
             pin, number = self._run(pin_version(router, table_id, wanted))
+        # A version's number is the table's own: which one of its keys goes with it is not known.
+        keys = self.keys.at(version) if self.trains_keys and isinstance(version, str) else None
         return TableAt(
             self.schema,
             router=router,
@@ -78,6 +75,7 @@ class Versions:
             begin=self._begin,
             pin=pin,
             version=number,
+            keys=keys,
         )
 
     def fork(self, name: str) -> "Table":

@@ -135,7 +135,8 @@ class Session:
     @property
     def nothing_to_drop(self) -> bool:
         """Whether ``discard`` would do nothing. May be asked on any thread."""
-        return self.book.nothing_to_drop
+        group = self.coordinator.group
+        return self.book.nothing_to_drop and not (group is not None and group.waits)
 
     @property
     def known_version(self) -> int | None:

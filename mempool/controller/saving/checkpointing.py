@@ -38,6 +38,7 @@ from mempool.types import (
     WritePart,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.keys import key_table
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import shown
 
@@ -183,7 +184,12 @@ class Checkpoints:
         return done
 
     def _views(self, names: Sequence[str]) -> list[TableView]:
-        views = [self.roster.view(name) for name in dict.fromkeys(names)] if names else list(self.roster.views)
+        if names:
+            views = [self.roster.view(name) for name in dict.fromkeys(names)]
+            keys = [key_table(view.schema) for view in views]
+            views += [self.roster.view(each.name) for each in keys if each is not None]
+        else:
+            views = list(self.roster.views)
         if not views:
             raise InvalidRequest(f"pool {self.pool!r} has no tables yet: there is nothing to take a checkpoint of")
         return views

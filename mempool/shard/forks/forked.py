@@ -1,6 +1,6 @@
 """Pages of a new table that are another table's: its memory is made ready to be shared first, then the moment is taken.
 
-What is shared, and how, is ``pages.sharing``'s; which moment, and what the table's history is then, ``forking``'s.
+What is shared, and how, is ``sharing``'s; which moment, and what the table's history is then, ``forking``'s.
 """
 
 from mempool.shard.pages.arena import Arena

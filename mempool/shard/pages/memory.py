@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mempool.errors import InvalidRequest
-from mempool.shard.pages.sharing import PAGE_BYTES, Borrowed, SharedFile, SystemPages, libc, map_at, pages_of
+from mempool.shard.forks.sharing import PAGE_BYTES, Borrowed, SharedFile, SystemPages, libc, map_at, pages_of
 
 _NO_ACCESS = 0  # PROT_NONE
 _HUGE_PAGE_BYTES = 2 * 2**20

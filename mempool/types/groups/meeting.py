@@ -113,9 +113,11 @@ class MeetRequest:
         generation: Of the group, as the rank knows it; 0: not at all yet.
         meeting: Of "arrive": which, counted from 1 in a generation. Of others: the last one that it arrived at.
         step: How many steps the rank has seen the group commit, or is told that it starts with.
-        phase, parts, want_norm, norm_order: Of "arrive": what is to be done with which updates.
+        phase, parts, want_norm, norm_order: Of "arrive": what is to be done with which updates. want_norm, of a commit:
+            the rank has prepared the step before.
         word: Of the leader: its last one.
-        number: Of "arrive": ascending in the life of the process, the same in a repeat. A lower one comes late.
+        number: Of "arrive": ascending in the life of the process, the same in a repeat. A lower one comes late. Of
+            "beat": not 0: what it has arrived with up to that one is taken back. Of "join": the ticket it was given.
     """
 
     group: str
@@ -170,18 +172,36 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Undecided:
+    """A step that ranks of an earlier generation had arrived to commit, and of which nobody has said what became of it.
+
+    Attributes:
+        generation: In which it was.
+        step: How many steps the group has committed if it is decided.
+        parts: Its tables, each with the step as its ranks counted; without sequences.
+    """
+
+    generation: int
+    step: int
+    parts: tuple[OfferedPart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeetReply:
     """The home to a rank.
 
     Attributes:
-        answer: "heard": it joined, or is known to live. "wait": nothing yet, ask again. "occupied": another process is
-            this rank (``others`` has it). "changed": the group has begun generation ``generation``: go on in that.
-            "lost": ranks in ``others`` are lost. "arrived": all are there (to the leader; to a rank that is bounded: go
-            on). "word": the leader's.
+        answer: "heard": it joined, or is known to live. "wait": nothing yet, ask again; to one that takes back what it
+            has arrived with: all are there, and it may be committed. "occupied": another process is this rank
+            (``others`` has it). "changed": the group has begun generation ``generation``: go on in that. "lost": ranks
+            in ``others`` are lost. "arrived": all are there (to the leader; to a rank that is bounded: go on). "word":
+            the leader's.
         step: Steps that the group has committed, as far as is known.
         lease_s: Silence after which a rank is taken for dead.
         arrivals: Of "arrived" to the leader: of all ranks, ascending.
         others: Ranks that are waited for, or lost.
+        undecided: Of "heard", to one that joins: what it asks for before anything else.
+        ticket: Of "wait", to one that joins without one, or with an old one: it is to ask again with this.
     """
 
     answer: MeetAnswer
@@ -191,3 +211,5 @@ class MeetReply:
     arrivals: tuple[Arrival, ...] = ()
     word: Word | None = None
     others: tuple[Seen, ...] = ()
+    undecided: Undecided | None = None
+    ticket: int = 0

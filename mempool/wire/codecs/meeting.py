@@ -70,7 +70,8 @@ MEET_REPLY = FrameCodec(
             "arrivals": Several(Mirror(pb.Arrival, types.Arrival, {"phase": _PHASE, "parts": _OFFERED})),
             "word": _WORD,
             "others": Several(Mirror(pb.SeenRank, types.Seen)),
+            "undecided": Mirror(pb.UndecidedStep, types.Undecided, {"parts": _OFFERED}),
         },
-        optional=("word",),
+        optional=("word", "undecided"),
     )
 )

@@ -1136,7 +1136,7 @@ class ScoreRequest(_message.Message):
 
     @_builtins.property
     def queries(self) -> _tensor_pb2.Tensor:
-        """[B, H, key_dim] float32 for product keys, [B, 1, key_dim] for flat keys."""
+        """[B, H, key_dim] float32 for product keys, [B, 1, key_dim] for flat keys; [B, sections, value_dim] of a table of keys."""
 
     def __init__(
         self,
@@ -1170,7 +1170,9 @@ class ScoreReply(_message.Message):
 
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The heads answered: with product keys, those whose key page is here, ascending; with flat keys, 0."""
+        """The heads answered: with product keys, those whose key page is here, ascending; with flat keys, 0;
+        of a table of keys, all sections.
+        """
 
     @_builtins.property
     def scores(self) -> _tensor_pb2.Tensor:
@@ -1726,11 +1728,14 @@ class MeetRequest(_message.Message):
     phase: Global___MeetPhase.ValueType
     """Of MEET_KIND_ARRIVE."""
     want_norm: _builtins.bool
-    """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
+    """Of MEET_PHASE_PREPARE: as in PrepareRequest. Of MEET_PHASE_COMMIT: the rank has prepared the step before."""
     norm_order: _builtins.float
     """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
     number: _builtins.int
-    """Of MEET_KIND_ARRIVE: ascending in the life of the process, the same in a repeat: one that comes late is passed over."""
+    """Of MEET_KIND_ARRIVE: ascending in the life of the process, the same in a repeat: one that comes late is passed over.
+    Of MEET_KIND_BEAT: not 0: what was arrived with up to that one is taken back. MEET_ANSWER_WAIT: it is too late for that.
+    Of MEET_KIND_JOIN: the ticket that it was given, 0 before.
+    """
     launcher: _builtins.str
     """What has started it, and starts it again: the same for all that one has started, and for no other."""
     @_builtins.property
@@ -1861,6 +1866,38 @@ class SeenRank(_message.Message):
 Global___SeenRank: _TypeAlias = SeenRank  # noqa: Y015
 
 @_typing.final
+class UndecidedStep(_message.Message):
+    """A step that ranks of an earlier generation had arrived to commit, and of which nobody has said what became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """In which it was."""
+    step: _builtins.int
+    """How many steps the group has committed if it is decided."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___OfferedPart]:
+        """Its tables, each with the step as its ranks counted; without sequences."""
+
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        parts: _abc.Iterable[Global___OfferedPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "parts", b"parts", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndecidedStep: _TypeAlias = UndecidedStep  # noqa: Y015
+
+@_typing.final
 class MeetReply(_message.Message):
     """The home to a rank."""
 
@@ -1873,6 +1910,8 @@ class MeetReply(_message.Message):
     ARRIVALS_FIELD_NUMBER: _builtins.int
     WORD_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    UNDECIDED_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     answer: Global___MeetAnswer.ValueType
     """What it is told."""
     generation: _builtins.int
@@ -1881,6 +1920,10 @@ class MeetReply(_message.Message):
     """Steps that the group has committed, as far as ranks have said."""
     lease_s: _builtins.float
     """Seconds of silence after which a rank is lost."""
+    ticket: _builtins.int
+    """Not 0, with MEET_ANSWER_WAIT to a rank that joins: a ticket, to ask again with at once. Without one, or with an old
+    one, nobody joins: a copy of what a process has said that is gone takes no living one's place.
+    """
     @_builtins.property
     def arrivals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arrival]:
         """Of MEET_ANSWER_ARRIVED, in a sync group: of all ranks, ascending."""
@@ -1893,6 +1936,13 @@ class MeetReply(_message.Message):
     def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeenRank]:
         """Ranks that are waited for, or lost."""
 
+    @_builtins.property
+    def undecided(self) -> Global___UndecidedStep:
+        """To a rank that has joined: ask the gate of each of its tables with a Commit of that step that names no sequences.
+        Whether there is one or not: before anything else, with a Commit of the last step there is (2^53 - 1) of the
+        generation before the one that it has joined in, at the gate of every table: nothing older is decided after that.
+        """
+
     def __init__(
         self,
         *,
@@ -1903,10 +1953,12 @@ class MeetReply(_message.Message):
         arrivals: _abc.Iterable[Global___Arrival] | None = ...,
         word: Global___Word | None = ...,
         others: _abc.Iterable[Global___SeenRank] | None = ...,
+        undecided: Global___UndecidedStep | None = ...,
+        ticket: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["word", b"word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["undecided", b"undecided", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrivals", b"arrivals", "generation", b"generation", "lease_s", b"lease_s", "others", b"others", "step", b"step", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrivals", b"arrivals", "generation", b"generation", "lease_s", b"lease_s", "others", b"others", "step", b"step", "ticket", b"ticket", "undecided", b"undecided", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

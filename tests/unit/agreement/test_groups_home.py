@@ -35,6 +35,9 @@ class Home:
 
     def ask(self, rank: int, kind: str = "beat", **more: object) -> MeetReply | None:
         reply = self.groups.handle(self.request(rank, kind, **more), self.now_s, first_generation=FIRST)
+        if reply is not None and reply.ticket:
+            more["number"] = reply.ticket
+            reply = self.groups.handle(self.request(rank, kind, **more), self.now_s, first_generation=FIRST)
         if reply is not None and reply.answer in ("heard", "changed"):
             self.generations[rank] = reply.generation
         return reply
@@ -213,7 +216,7 @@ def test_a_generation_that_others_have_not_heard_of_is_not_begun_again() -> None
     assert newest == FIRST + 3
     home.groups = Groups(lease_s=LEASE_S)
     home.ask(0)
-    request = MeetRequest(group="job", rank=1, nonce=74, host="host-1", terms=home.terms, kind="join")
+    request = home.request(1, "join", nonce=74, number=FIRST + 500)
     reply = home.groups.handle(request, home.now_s, first_generation=FIRST + 500)
     assert reply is not None
     assert reply.generation > newest
@@ -331,3 +334,91 @@ def test_an_arrival_that_comes_late_takes_the_place_of_none() -> None:
     reply = home.arrive(0, 2)
     assert reply is not None
     assert reply.arrivals[1].parts == part(10)
+
+
+def test_a_copy_of_a_join_takes_the_place_of_nobody() -> None:
+    home = Home(2)
+    asked = [home.request(0, "join", nonce=70), home.request(0, "join", nonce=70, number=FIRST)]
+    home.join(1)
+    home.ask(0, "join", nonce=70)
+    home.now_s = LEASE_S + 0.1
+    home.ask(1)
+    home.ask(0, "join", nonce=71)
+    for first in (FIRST, FIRST + 100):
+        home.now_s += LEASE_S + 0.1  # the new one is not heard of just now, but lives
+        for late in asked:
+            reply = home.groups.handle(late, home.now_s, first_generation=first)
+            assert reply is not None
+            assert reply.answer == "wait"
+        home.ask(0, nonce=71, generation=FIRST + 1)
+        home.groups = Groups(lease_s=LEASE_S)  # also where nothing is known of either
+
+
+def test_what_a_process_has_said_before_it_left_brings_it_back_to_nobody() -> None:
+    home = Home(3)
+    home.join(0, 1, 2)
+    assert home.arrive(1, 1) is None  # waits there
+    home.ask(1, "leave")
+    for kind in ("arrive", "beat", "join"):
+        reply = home.groups.handle(home.request(1, kind, meeting=1), home.now_s, heard_s=0.0, first_generation=FIRST)
+        assert reply is not None
+    assert [(each.rank, each.state) for each in home.arrive(0, 1).others] == [(1, "left")]  # type: ignore[union-attr]
+    assert home.ask(1, "join", nonce=77).answer == "wait"  # type: ignore[union-attr]
+
+
+def test_a_job_of_the_same_name_begins_where_all_of_another_have_left() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.ask(0, step=7)
+    for rank in (0, 1):
+        home.ask(rank, "leave")
+    home.terms = replace(home.terms, world_size=3)
+    reply = home.ask(2, "join", nonce=77)
+    assert reply is not None
+    assert (reply.answer, reply.step) == ("heard", 0)
+
+
+def test_what_a_rank_has_come_with_it_may_take_back_until_all_are_there() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.arrive(1, 1, parts=part(8), number=1)
+    assert home.ask(1, number=1).answer == "heard"  # type: ignore[union-attr]
+    home.arrive(1, 1, parts=part(8), number=1)  # a copy
+    assert home.arrive(0, 1) is None
+    home.arrive(1, 1, parts=part(9), number=2)
+    reply = home.arrive(0, 1)
+    assert reply is not None
+    assert reply.arrivals[1].parts == part(9)
+    assert home.ask(1, number=2).answer == "wait"  # type: ignore[union-attr]
+    home.groups = Groups(lease_s=LEASE_S)  # where all may have been there before, and the leader knows
+    assert home.ask(1, number=2).answer == "wait"  # type: ignore[union-attr]
+
+
+def test_who_joins_is_told_of_a_step_that_nobody_has_said_the_end_of() -> None:
+    step = (OfferedPart(table_id=1, step=2, sequences=(8,)),)
+    home = Home(3)
+    home.join(0, 1, 2)
+    for rank in (0, 1, 2):
+        home.arrive(rank, 1, parts=step, step=1)
+    home.now_s = LEASE_S + 0.1
+    for rank in (1, 2):
+        reply = home.ask(rank, "join", nonce=77 + rank)
+        assert reply is not None
+        assert reply.undecided is not None
+        assert (reply.undecided.generation, reply.undecided.step) == (FIRST, 2)
+        assert reply.undecided.parts == (OfferedPart(table_id=1, step=2, sequences=()),)
+    home.ask(1, nonce=78, step=2)  # it was decided
+    assert home.ask(2, "join", nonce=79).undecided is None  # type: ignore[union-attr]
+
+
+def test_who_missed_a_meeting_that_the_leader_has_given_up_hears_of_it() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.arrive(1, 1, number=1)
+    home.arrive(0, 1)
+    home.ask(0, meeting=1, word=Word(meeting=1, kind="again"))
+    word = Word(meeting=2, kind="undone")  # it has waited at the second one for long enough
+    home.ask(0, meeting=2, word=word)
+    reply = home.arrive(1, 1, number=2)
+    assert reply is not None
+    assert reply.word == word

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mempool.shard.forks.sharing import pages_of
 from mempool.shard.pages import memory
 from mempool.shard.pages.memory import AllocatedRows, ReservedRows, Rows
-from mempool.shard.pages.sharing import pages_of
 
 WIDTH = 96  # of float32: rows lie across the system's pages
 ROWS = 40_000

@@ -1,0 +1,181 @@
+"""Ranks that stand still, or drop what they had come with, while others are replaced: nothing is committed that is not
+meant, and nothing twice."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+import mempool
+from mempool.client import Pool
+from mempool.errors import MempoolError, RankLost
+from mempool.wire.channels.loop import run
+from tests.agreement.ranks import Ranks, push, together
+from tests.agreement.test_lost_ranks import LEASE_S, SLOTS, check, commit, config, cut_off, step
+from tests.unit.client.grpc_pool import GrpcPoolHere
+
+
+@pytest.fixture
+def here() -> Iterator[GrpcPoolHere]:
+    pool = GrpcPoolHere(shards=2, lease_s=LEASE_S)
+    yield pool
+    pool.close()
+
+
+def stands_still(ranks: Ranks, rank: int) -> None:
+    """Its group's home hears nothing more of it by itself; shards do, so that they keep what it has prepared."""
+    member = ranks.pools[rank].table("facts").link.session.coordinator.group.member
+
+    async def stop() -> None:
+        member._beating.cancel()
+
+    run(stop(), 10.0)
+
+
+def held(ranks: Ranks) -> int:
+    status = ranks.pools[0].status()
+    return sum(table.updates_held for shard in status.shards for table in shard.tables)
+
+
+@pytest.mark.filterwarnings("ignore:a step of table")  # as it was silent
+def test_a_leader_that_stood_still_between_its_prepare_and_its_commit_commits_nothing_of_before(
+    here: GrpcPoolHere,
+) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        coordinator = ranks.pools[0].table("facts").link.session.coordinator
+        commit_own, prepared, goes_on = coordinator.commit_own, asyncio.Event(), asyncio.Event()
+        stands, has_tried, loop = threading.Event(), threading.Event(), []
+
+        async def commit_later(commitments: Any, **how: Any) -> Any:
+            if not prepared.is_set():
+                prepared.set()
+                sessions = [each.session for each in commitments]
+                await coordinator.prepare_own(sessions, want_norm=False, norm_order=0.0, timeout_s=30.0)
+                loop.append(asyncio.get_running_loop())
+                stands.set()
+                await goes_on.wait()
+            try:
+                return await commit_own(commitments, **how)
+            finally:
+                has_tried.set()
+
+        coordinator.commit_own = commit_later
+        stands_still(ranks, 0)
+        for rank, pool in enumerate(ranks.pools):
+            push(pool.table("facts"), 1, rank=rank, world_size=2)
+        gone = threading.Thread(target=_fails, args=(ranks.pools[1],), daemon=True)
+
+        def lead() -> int:
+            return commit(ranks.pools[0])
+
+        def come_back() -> int:
+            gone.start()
+            assert stands.wait(30.0)
+            ranks.kill(1)
+            ranks.come_back(1)
+            loop[0].call_soon_threadsafe(goes_on.set)
+            assert has_tried.wait(30.0)  # before any shard hears of the new generation by another message
+            return step(ranks.pools[1], 1, rank=1, world_size=2)
+
+        assert together([lead, come_back]) == [1, 1]
+        check(ranks, 2)
+
+
+def _fails(pool: Pool) -> None:
+    """The commit of a process that dies in it."""
+    with suppress(MempoolError, RuntimeError, asyncio.CancelledError):
+        pool.table("facts").commit()
+
+
+def test_ranks_that_all_come_back_are_told_of_a_step_that_none_of_them_has_lived_to_say(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        cut = cut_off(ranks, decided=True)
+        for rank, pool in enumerate(ranks.pools):
+            push(pool.table("facts"), 1, rank=rank, world_size=2)
+            threading.Thread(target=_fails, args=(pool,), daemon=True).start()
+        assert cut.wait(30.0)
+        ranks.kill(0)
+        ranks.kill(1)
+        groups = together([lambda: ranks.come_back(0), lambda: ranks.come_back(1)])
+        assert [group.step for group in groups] == [2, 2]
+        ranks.each(lambda rank, pool: step(pool, 2, rank=rank, world_size=2))
+        check(ranks, 3)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_is_dropped_after_an_error_is_not_committed(here: GrpcPoolHere, dies: bool) -> None:
+    """zero_grad() after RankLost, where the other rank dies, or was only silent."""
+    with Ranks(here, [config()], world_size=2, reduction="sum") as ranks:
+        if dies:
+            ranks.kill(0)
+        else:
+            stands_still(ranks, 0)
+        second = ranks.pools[1].table("facts")
+        push(second, 5, rank=1, world_size=2)
+        with pytest.raises(RankLost):
+            second.commit()
+        assert second.pending == 1
+        assert second.discard() == 1
+        assert second.pending == 0
+
+        def come_back() -> int:
+            if dies:
+                ranks.come_back(0, reduction="sum")
+            return step(ranks.pools[0], 0, rank=0, world_size=2)
+
+        def again() -> int:
+            time.sleep(0.0 if dies else 0.3)  # where what it had come with stood there, that would be committed
+            return step(ranks.pools[1], 0, rank=1, world_size=2)
+
+        assert together([come_back, again]) == [1, 1]
+        with mempool.local(shards=1) as alone:
+            table = alone.create_table(config())
+            push(table, 0, rank=0, world_size=1)
+            table.commit()
+            rows = table.rows(range(SLOTS))
+        assert (second.rows(range(SLOTS)) - rows).norm() <= 1e-5 * rows.norm()
+
+
+def test_a_step_that_a_dead_leader_had_given_another_number_is_given_back(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        for rank, pool in enumerate(ranks.pools):
+            push(pool.table("facts"), 1, rank=rank, world_size=2)
+        session = ranks.pools[0].table("facts").link.session
+        step_ids = {session.table_id: [session.book.open.step_id]}
+
+        async def drop() -> None:  # as shards do where a lease has ended
+            await session._router.together(list(step_ids), lambda together: together.discard(step_ids))
+
+        run(drop(), 10.0)
+        coordinator, dead = session.coordinator, threading.Event()
+
+        async def prepare_and_die(commitments: Any, **_: Any) -> Any:
+            sessions = [each.session for each in commitments]
+            await coordinator.prepare_own(sessions, want_norm=False, norm_order=0.0, timeout_s=30.0)
+            dead.set()
+            await asyncio.Event().wait()
+
+        coordinator.commit_own = prepare_and_die
+        threading.Thread(target=_fails, args=(ranks.pools[0],), daemon=True).start()
+
+        def survive() -> None:
+            with pytest.raises(RankLost):
+                ranks.pools[1].table("facts").commit()
+
+        def die() -> None:
+            assert dead.wait(30.0)
+            assert held(ranks) > 0
+            ranks.kill(0)
+
+        together([survive, die])
+        end_s = time.monotonic() + 10.0
+        while held(ranks):
+            assert time.monotonic() < end_s, "shards hold what nobody will commit"
+            time.sleep(0.05)
