@@ -9,26 +9,24 @@ its name ends it, a failure leaves nothing behind; what a controller that dies l
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
 from mempool.controller.saving.forking import Fork, Forking, forked_view
+from mempool.controller.saving.making import Making, Origin, attached, creation
 from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable, StalePlacement
 from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
     KeySpec,
-    Ledger,
     Placement,
-    ShardFill,
     ShardInfo,
     ShardStatus,
     TableCreation,
     TableSchema,
     TableSource,
-    TableStatus,
     TableView,
 )
 from mempool.types.caller import Caller, calling
@@ -46,52 +44,6 @@ _OF_PAGES = ("layout", "block_dim", "page_slots", "seed", "init_std")
 _OF_RATES = ("lr", "eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay", "max_norm")
 _MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
 """A table may take the place of one that differs in these: who uses it finds what it knows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where the pages of a table that is restored come from.
-
-    Attributes:
-        source: The checkpoint's table.
-        ledger: Where its history stood.
-        replace: It takes the place of a table of its name.
-        newest_id: Unless that one's id is higher: it was made since this was asked for. 0: whatever its id is.
-    """
-
-    source: TableSource
-    ledger: Ledger
-    replace: bool = False
-    newest_id: int = 0
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Making:
-    """A table that is being made.
-
-    Attributes:
-        schema: As it was asked for, table_id 0.
-        origin: The checkpoint that its pages are read from, or the table that it is a fork of; None: they get initial
-            values.
-        table_id: The id that it will have.
-        first_id: The one that it was begun with, by which a caller may know it: later tables were heard of since.
-        task: Makes it.
-        view: Where its pages will be, once that is planned; until then it waits for its turn.
-        bytes_of: Bytes that each owner has to fill.
-        asked: A shard was asked to let it answer: it may be made.
-        ended: Why it is to end, where somebody ends it.
-    """
-
-    schema: TableSchema
-    table_id: int
-    origin: "Origin | Fork | None" = None
-    first_id: int = 0
-    task: "asyncio.Task[TableView] | None" = None
-    view: TableView | None = None
-    bytes_of: dict[int, int] = field(default_factory=dict)
-    asked: bool = False
-    ended: MempoolError | None = None
-    began_s: float
 
 
 class TableChanges:
@@ -142,17 +94,30 @@ class TableChanges:
             require_no_key_table(schema.name, "made")
         return await self._create(schema, origin)
 
-    async def _create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
+    async def _create(
+        self,
+        schema: TableSchema,
+        origin: Origin | Fork | None = None,
+        *,
+        keys: Sequence[tuple[TableSchema, Fork]] = (),
+    ) -> TableView:
+        """keys: That of the keys of a fork."""
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
-            self._require_new(schema, origin)
-            making = self._making[schema.name] = Making(
-                schema=schema, origin=origin, table_id=self._roster.new_table_id(), began_s=self._clock()
-            )
+            asked = [*keys, (schema, origin)]
+            for each in asked:
+                self._require_new(*each)
+            makings = [
+                Making(schema=one, origin=of, table_id=self._roster.new_table_id(), began_s=self._clock())
+                for one, of in asked
+            ]
+            making = makings[-1]
             with calling(Caller()):  # neither its deadline nor its name goes along: others may join in
-                making.task = asyncio.create_task(self._make(making))
-            making.task.add_done_callback(lambda task: self._made(making, task))
+                task = asyncio.create_task(self._make(making, *makings[:-1]))
+            for one_making in makings:
+                one_making.task, self._making[one_making.schema.name] = task, one_making
+            task.add_done_callback(lambda task: self._made(makings, task))
         elif making.schema != schema or making.origin != origin:
             found = differences(making.schema, schema) or ["one of the two is restored, or from elsewhere"]
             raise AlreadyExists(
@@ -247,7 +212,7 @@ class TableChanges:
         """The tables that are being made, and how far the shards say that they are."""
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
         change = WAITS_FOR_CHANGE if self._roster.complete else WAITS_FOR_SHARDS
-        return tuple(_creation(making, seen, self._clock(), change) for making in self._making.values())
+        return tuple(creation(making, seen, self._clock(), change) for making in self._making.values())
 
     async def _know_all(self, name: str) -> None:
         """Hear of every table that there is, with ``changing`` held. Raises ShardUnavailable where a shard that was not
@@ -313,80 +278,106 @@ class TableChanges:
                 f"they may have {MAX_PLACED_PAGES:,}. Give it a larger page_slots or block_dim, or drop a table"
             )
 
-    async def _make(self, making: Making) -> TableView:
-        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own."""
+    async def fork(self, schemas: Sequence[tuple[TableSchema, Fork]]) -> TableView:
+        """Make a table, the last of these, as another one is, and that of its keys as that one's: at one moment. Raises
+        as ``create`` does."""
+        (schema, fork), *keys = reversed(schemas)
+        if self._roster.complete and schema.name not in self._making and self._roster.find(schema.name) is None:
+            await self._drop_keys(schema.name)
+        return await self._create(schema, fork, keys=keys)
+
+    async def _make(self, making: Making, *keys: Making) -> TableView:
+        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own, a fork's come
+        with it."""
         if making.origin is not None:
-            return await self._make_one(making)
-        name, keys = making.schema.name, key_table(making.schema)
+            return await self._make_all((*keys, making))
+        name, own = making.schema.name, key_table(making.schema)
         async with self._changing:
             await self._know_all(name)
             self._require_none(making.schema, None)
         try:
             await self._drop_keys(name)
-            if keys is not None:
-                await self._create(keys)
-            return await self._make_one(making)
+            if own is not None:
+                await self._create(own)
+            return await self._make_all((making,))
         except BaseException:
             if self._roster.complete and self._roster.find(name) is None:  # else it may be made all the same
                 await self._drop_keys(name)
             raise
 
-    async def _make_one(self, making: Making) -> TableView:
-        table_id = making.table_id
+    async def _make_all(self, makings: Sequence[Making]) -> TableView:
+        """One table; or one that is a fork, the last, and before it that of its keys. Returns the last one's view."""
         infos: tuple[ShardInfo, ...] = ()
+        last = makings[-1]
         try:
             async with self._changing:
-                await self._know_all(making.schema.name)
-                if self._roster.overtaken(table_id):
-                    making.first_id, making.table_id = table_id, self._roster.new_table_id()
-                    table_id = making.table_id
-                schema = replace(making.schema, table_id=table_id)
-                self._require_none(schema, making.origin)
-                infos = self._roster.infos
-                origin = making.origin
+                for making in makings:
+                    await self._know_all(making.schema.name)
+                    if self._roster.overtaken(making.table_id):
+                        making.first_id, making.table_id = making.table_id, self._roster.new_table_id()
+                    self._require_none(making.schema, making.origin)
+                infos, origin = self._roster.infos, last.origin
                 if isinstance(origin, Fork):
-                    view = await self._fork(making, schema, origin, infos)
+                    await self._fork(makings, infos)
                 else:
-                    view, making.bytes_of = await self._runner.run(
-                        lambda: first_view(schema, infos, self._roster.controller)
-                    )
-                    self._roster.unfinished.add(table_id)
-                    if origin is not None and origin.source.checkpoint:
-                        view = self._roster.save(view, origin.source, origin.ledger.version)
-                    making.view = view
+                    await self._plan(last, origin, infos)
             if not isinstance(origin, Fork):
-                request = _attached(view, origin)
+                assert last.view is not None, "it is planned"
+                request = attached(last.view, origin)
                 await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
-            self._require_same(infos, schema.name)
-            made = AttachTable(view=view, mode="confirm")
-            making.asked = True
-            await self._calls.call(infos[0], lambda host: host.attach_table(made))
-            before = self._roster.find(schema.name)
-            view = self._roster.put(schema, view.placement, saved=view.saved)
-            await self._telling.confirm(view, infos[1:])
-            if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
-                self._roster.dropped.add(before.schema.table_id)
-                gone = before.schema.table_id
-                await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
-            return view
+            self._require_same(infos, last.schema.name)
+            views = [await self._confirm(making, infos) for making in makings]
+            return views[-1]
         except BaseException:
-            if making.view is not None:
-                await self._unmake(making.view, infos, asked=making.asked)
+            for making in makings:
+                if making.view is not None:
+                    await self._unmake(making.view, infos, asked=making.asked)
             raise
         finally:
-            self._roster.unfinished.discard(table_id)
+            self._roster.unfinished.difference_update(making.table_id for making in makings)
 
-    async def _fork(self, making: Making, schema: TableSchema, fork: Fork, infos: tuple[ShardInfo, ...]) -> TableView:
-        """Have all shards hold it, with ``changing`` held: the other table's pages stay where they are."""
-        await self._telling.require_settled(())
-        base = self._roster.view(fork.table)
-        if base.schema.table_id != fork.table_id:
-            raise NotFound(f"table {fork.table!r} was dropped, or replaced, before it was forked")
-        making.view = view = forked_view(schema, base, infos, self._roster.controller)
-        making.bytes_of = bytes_by_owner(schema, view.placement.owners, view.placement.key_owners)
-        self._roster.unfinished.add(schema.table_id)
-        await self._forking.fork(view, base, infos)
+    async def _plan(self, making: Making, origin: Origin | None, infos: tuple[ShardInfo, ...]) -> None:
+        schema = replace(making.schema, table_id=making.table_id)
+        view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos, self._roster.controller))
+        self._roster.unfinished.add(making.table_id)
+        if origin is not None and origin.source.checkpoint:
+            view = self._roster.save(view, origin.source, origin.ledger.version)
+        making.view = view
+
+    async def _confirm(self, making: Making, infos: tuple[ShardInfo, ...]) -> TableView:
+        """All shards have it: one is told that it is made, which decides it, then the others."""
+        view = making.view
+        assert view is not None, "shards have it"
+        made = AttachTable(view=view, mode="confirm")
+        making.asked = True
+        await self._calls.call(infos[0], lambda host: host.attach_table(made))
+        before = self._roster.find(view.schema.name)
+        view = self._roster.put(view.schema, view.placement, saved=view.saved)
+        await self._telling.confirm(view, infos[1:])
+        if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
+            self._roster.dropped.add(before.schema.table_id)
+            gone = before.schema.table_id
+            await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
         return view
+
+    async def _fork(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> None:
+        """Have all shards hold them, with ``changing`` held: the other tables' pages stay where they are."""
+        await self._telling.require_settled(())
+        forks = []
+        for making in makings:
+            fork = making.origin
+            assert isinstance(fork, Fork), "all of them are"
+            base = self._roster.view(fork.table)
+            if base.schema.table_id != fork.table_id:
+                raise NotFound(f"table {fork.table!r} was dropped, or replaced, before it was forked")
+            schema = replace(making.schema, table_id=making.table_id)
+            view = forked_view(schema, base, infos, self._roster.controller)
+            making.bytes_of = bytes_by_owner(schema, view.placement.owners, view.placement.key_owners)
+            forks.append((view, base))
+        for making, (view, _) in zip(makings, forks, strict=True):
+            making.view = view
+            self._roster.unfinished.add(making.table_id)
+        await self._forking.fork(forks, infos)
 
     async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
         """Leave nothing of a table on any shard. Where one was asked to confirm it, that one says whether it is made:
@@ -407,11 +398,12 @@ class TableChanges:
         self._roster.forget(table_id)
         await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
 
-    def _made(self, making: Making, task: "asyncio.Task[TableView]") -> None:
-        """It is made, or it is not: whoever asked for it may be gone."""
-        del self._making[making.schema.name]
+    def _made(self, makings: Sequence[Making], task: "asyncio.Task[TableView]") -> None:
+        """They are made, or are not: whoever asked for them may be gone."""
+        for making in makings:
+            del self._making[making.schema.name]
         if not task.cancelled() and (error := task.exception()) is not None:
-            _LOG.warning("table %r was not made: %s", making.schema.name, error)
+            _LOG.warning("table %r was not made: %s", makings[-1].schema.name, error)
 
     def _require_same(self, infos: tuple[ShardInfo, ...], table: str) -> None:
         """Raises ShardUnavailable where a shard was started anew since: what it had filled is gone."""
@@ -437,12 +429,6 @@ def require_no_key_table(name: str, what: str) -> None:
             f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
             "was changed."
         )
-
-
-def _attached(view: TableView, origin: Origin | None) -> AttachTable:
-    if origin is None:
-        return AttachTable(view=view, mode="initialise", pending=True)
-    return AttachTable(view=view, mode="restore", pending=True, ledger=origin.ledger, source=origin.source)
 
 
 def first_view(
@@ -478,28 +464,3 @@ def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[s
 
 def _shown(value: object) -> str:
     return repr(value) if isinstance(value, KeySpec) else shown(value)
-
-
-def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:
-    table_id = making.table_id
-    tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
-    return TableCreation(
-        table=making.schema.name,
-        table_id=table_id,
-        waiting_for=change if making.view is None else _preparing(tables),
-        spent_s=now - making.began_s,
-        shards=tuple(
-            # A shard that says nothing of it has not begun.
-            ShardFill(
-                shard=shard,
-                bytes_done=0 if table is None else max(0, making.bytes_of[shard] - table.bytes_to_fill),
-                bytes_total=making.bytes_of[shard],
-            )
-            for shard, table in tables.items()
-        ),
-    )
-
-
-def _preparing(tables: dict[int, TableStatus | None]) -> str:
-    preparing = (f"{table.preparing} on shard {shard}" for shard, table in tables.items() if table and table.preparing)
-    return next(preparing, "")

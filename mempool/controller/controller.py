@@ -13,7 +13,7 @@ from mempool.controller.launcher import Launcher
 from mempool.controller.rescaling import Rescaling, check_shards
 from mempool.controller.roster import Roster
 from mempool.controller.saving.checkpointing import Checkpoints
-from mempool.controller.saving.forking import Forking, fork_of
+from mempool.controller.saving.forking import Forking, forks_of
 from mempool.controller.saving.moment import Moments
 from mempool.controller.saving.origin import origins_of
 from mempool.controller.telling import Telling
@@ -289,7 +289,7 @@ class Controller:
             DataLoss: The table has lost pages.
             InvalidRequest, MempoolError: As ``create_table``.
         """
-        return await self._changes.create(*fork_of(request, self._roster))
+        return await self._changes.fork(forks_of(request, self._roster))
 
     async def close(self) -> None:
         """Stop every shard; what is under way is stopped between two calls."""

@@ -8,6 +8,7 @@ from mempool.client.opening.connection import Connection
 from mempool.errors import InvalidRequest, NotFound
 from mempool.types import ForkTable, TableSchema, TableView
 from mempool.types.caller import Caller, calling
+from mempool.types.keys import key_table, key_table_name
 
 if TYPE_CHECKING:
     from mempool.client.table import Table
@@ -47,7 +48,10 @@ class Forks:
                 "name, where it is of the same pool. Nothing was changed."
             )
         table_id = 0 if given is None else given.schema.table_id
-        self.taken_over(self.connection.run_long(self._reset(schema.name, name, table_id)))
+        view = self.connection.run_long(self._reset(schema.name, name, table_id))
+        if key_table(view.schema) is not None:
+            self.taken_over(self.connection.run(self.connection.router.open(key_table_name(schema.name))))
+        self.taken_over(view)
 
     async def _reset(self, name: str, to: str, table_id: int) -> TableView:
         tries, api = self.connection.tries, self.connection.api

@@ -11,8 +11,9 @@ from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
 from mempool.controller.saving.cut import Owner
 from mempool.controller.saving.moment import Moments
-from mempool.errors import AlreadyExists, NotFound
+from mempool.errors import AlreadyExists, InvalidRequest, NotFound
 from mempool.types import AttachTable, ForkPoint, ForkTable, Placement, ShardHost, ShardInfo, TableSchema, TableView
+from mempool.types.keys import key_table, key_table_name
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.schema_differences import schema_differences
 
@@ -37,32 +38,47 @@ class Fork:
     newest_id: int = 0
 
 
-def fork_of(request: ForkTable, roster: Roster) -> tuple[TableSchema, Fork]:
-    """The schema of the new table, and what it is to be as.
+def forks_of(request: ForkTable, roster: Roster) -> list[tuple[TableSchema, Fork]]:
+    """The schema of the new table, the last, and what it is to be as; before it the same of the table of the keys that
+    it trains.
 
     Raises:
         NotFound: There is no such table, or another one has that name by now; or none whose place it is to take.
         AlreadyExists: It is to take the place of a table that is another kind of one.
-        InvalidRequest: The new name is none.
+        InvalidRequest: The new name is none, or one is that of a table of keys.
         ShardUnavailable: Whether there is one is not known yet.
     """
+    for name in (request.table, request.name):
+        if name.endswith(key_table_name("")):
+            raise InvalidRequest(
+                f"{shown(name)} is the table of another one's keys, and is forked with it: name that one. Nothing was "
+                "changed."
+            )
     base = roster.view(request.table).schema
     if base.table_id != request.table_id:
         raise NotFound(
             f"table {request.table!r} is another one by now: it was dropped, or replaced. Open it anew with "
             f"pool.table({request.table!r}). Nothing was changed"
         )
-    schema = replace(base, name=request.name)
+    forks = [_fork_of(request, base, request.name, roster)]
+    if key_table(base) is not None:
+        keys = roster.view(key_table_name(request.table)).schema
+        forks.insert(0, _fork_of(request, keys, key_table_name(request.name), roster))
+    return forks
+
+
+def _fork_of(request: ForkTable, base: TableSchema, name: str, roster: Roster) -> tuple[TableSchema, Fork]:
+    schema = replace(base, name=name)
     if request.replace:
-        schema = roster.view(request.name).schema
+        schema = roster.view(name).schema
         if found := list(schema_differences(schema, base, aside=_MAY_DIFFER)):
             differ = "; ".join(f"{each.path} is {shown(each.first)}, not {shown(each.second)}" for each in found)
             raise AlreadyExists(
-                f"table {request.name!r} cannot become what table {request.table!r} is: {differ}. Nothing was changed"
+                f"table {name!r} cannot become what table {base.name!r} is: {differ}. Nothing was changed"
             )
     schema = replace(schema, table_id=0)
     check_schema(schema)
-    fork = Fork(table=request.table, table_id=request.table_id, replace=request.replace, newest_id=request.newest_id)
+    fork = Fork(table=base.name, table_id=base.table_id, replace=request.replace, newest_id=request.newest_id)
     return schema, fork
 
 
@@ -87,29 +103,31 @@ class Forking:
     moments: Moments
     new_token: Callable[[], str]
 
-    async def fork(self, view: TableView, base: TableView, infos: Sequence[ShardInfo]) -> int:
-        """Have all shards hold the new table as the other one is. Returns that one's version then.
+    async def fork(self, forks: Sequence[tuple[TableView, TableView]], infos: Sequence[ShardInfo]) -> None:
+        """Have all shards hold new tables as others are, all at one moment: (view of the new one, of the other one).
 
         Raises:
-            MempoolError: Some shard could not. What others have of it is pending.
+            MempoolError: Some shard could not. What others have of them is pending.
         """
-        base_id = base.schema.table_id
-        ready = AttachTable(view=view, mode="fork", pending=True, fork=ForkPoint(table_id=base_id))
-        empty = AttachTable(view=view, mode="empty", pending=True)
-        owners = base.placement.shards
+        by_base = {base.schema.table_id: view for view, base in forks}
 
-        async def attach(info: ShardInfo) -> None:
-            request = ready if info.shard in owners else empty
+        async def attach(info: ShardInfo, view: TableView, base: TableView) -> None:
+            point = ForkPoint(table_id=base.schema.table_id)
+            ready = AttachTable(view=view, mode="fork", pending=True, fork=point)
+            empty = AttachTable(view=view, mode="empty", pending=True)
+            request = ready if info.shard in base.placement.shards else empty
             await self.calls.call(info, lambda host: host.attach_table(request), timeout_s=_READY_TIMEOUT_S)
 
-        results = await asyncio.gather(*(attach(info) for info in infos), return_exceptions=True)
+        results = await asyncio.gather(
+            *(attach(info, *each) for each in forks for info in infos), return_exceptions=True
+        )
         for result in results:
             if isinstance(result, BaseException):
                 raise result
         token = self.new_token()
 
-        async def take(host: ShardHost, _: Owner, version: int) -> None:
-            point = ForkPoint(table_id=base_id, token=token, version=version)
-            await host.attach_table(AttachTable(view=view, mode="forked", pending=True, fork=point))
+        async def take(host: ShardHost, owner: Owner, version: int) -> None:
+            point = ForkPoint(table_id=owner.table_id, token=token, version=version)
+            await host.attach_table(AttachTable(view=by_base[owner.table_id], mode="forked", pending=True, fork=point))
 
-        return (await self.moments.take([base], token, take)).versions[base_id]
+        await self.moments.take([base for _, base in forks], token, take)

@@ -92,6 +92,53 @@ def test_a_fork_trains_as_a_table_of_its_own_would(pool: Pool) -> None:
     assert same(held(trial), held(alone))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        mempool.FlatKeys(key_dim=8, optimizer=optim.Adagrad(lr=0.1)),
+        mempool.ProductKeys(heads=2, key_dim=8, optimizer=optim.AdamW(lr=0.1, dense=True)),
+    ],
+)
+def test_keys_that_train_are_forked_at_the_same_moment_and_go_back_with_their_table(keys: object) -> None:
+    with mempool.local(shards=2) as pool:
+        table = pool.create_table(config(num_slots=16**2, keys=keys, optimizer=optim.SGD(lr=0.1)))
+        train_keys(table, 0)
+        before, then = table.fork("before"), with_keys(table)
+        for number in (1, 2):
+            train_keys(table, number)
+        late = with_keys(table)
+        assert same([with_keys(before)], [then])
+        table.reset(to=before)
+        assert same([with_keys(table)], [then])
+        for number in (1, 2):
+            train_keys(table, number)
+        assert same([with_keys(table), with_keys(before)], [late, then])
+        assert {each.name for each in pool.tables()} == {"before", "facts"}
+        for name in ("facts:keys", "before:keys"):
+            with pytest.raises(errors.InvalidRequest, match="keys"):
+                pool.table("before").fork(name)
+        pool.drop_table("before")
+        assert {view.schema.name for view in pool.status().tables} == {"facts", "facts:keys"}
+        again = table.fork("before")
+        assert same([with_keys(again)], [late])
+
+
+def train_keys(table: Table, seed: int) -> None:
+    """A step of values and keys, which are read after it: a dense optimizer's bits depend on when that is."""
+    heads = table.schema.keys.heads  # type: ignore[union-attr]
+    random = torch.Generator().manual_seed(seed)
+    queries = torch.randn(6, *((heads,) if heads > 1 else ()), 8, generator=random)
+    table.lookup(queries, 4).values.square().sum().backward()
+    table.commit()
+    with_keys(table)
+
+
+def with_keys(table: Table) -> dict[str, Tensor]:
+    """What it and the table of its keys hold."""
+    ids = torch.arange(table.keys.num_slots)
+    return {"rows": table.rows(torch.arange(table.num_slots)), "keys": table.read_keys(), **table.keys.state(ids)}
+
+
 @pytest.mark.parametrize("optimizer", [optim.Adagrad(lr=0.1), optim.AdamW(lr=0.01, weight_decay=0.1, dense=True)])
 def test_forked_while_another_thread_trains_it_is_exactly_one_version(pool: Pool, optimizer: object) -> None:
     table, twin = pool.create_table(config(optimizer=optimizer)), pool.create_table(config("twin", optimizer=optimizer))
