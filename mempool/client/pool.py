@@ -310,7 +310,8 @@ class Pool(Keeping):
 
         It is in the memory of the shards, as ``Table.at`` keeps it, and nobody waits for it. It goes where that takes
         more than it may, where pages move, and where a shard is started anew: what must not go is a ``checkpoint``.
-        Each table is of one version over all shards, with every commit that was acknowledged before.
+        Each table is of one version over all shards, with every commit that was acknowledged before; tables are pinned
+        each by itself, so that a step of several that is committed meanwhile may be in one of them and not in another.
 
         Args:
             name: At most 64 bytes; not "latest".

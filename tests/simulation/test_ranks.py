@@ -5,7 +5,7 @@ import torch
 
 from tests.simulation.ranks import ABLATIONS, play, play_with, play_without
 
-SEEN_AT = {"generation of a group": 1, "what became of a step": 3, "lease of a rank": 1, "sending again": 3}
+SEEN_AT = {"generation of a group": 1, "what became of a step": 3, "lease of a rank": 1, "sending again": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)

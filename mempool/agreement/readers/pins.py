@@ -91,12 +91,15 @@ class Pins:
         Raises:
             AlreadyExists: There is a snapshot of that name.
             Overloaded: There are too many pins.
+            VersionGone: The pin is over: this is a copy that comes late.
         """
         known = self._pins.get(token)
         if known is not None:
             if known.moment is None:
                 self._pins[token] = replace(known, ends_s=ends_s)
             return known.first
+        if (why := self._told.get(token)) is not None:
+            raise self._gone("what is to be read", why)
         self._require_room(name)
         newest = self._moments[-1] if self._moments else None
         if newest is None or (newest.version, newest.mark) != (version, mark):
@@ -127,9 +130,6 @@ class Pins:
     def settle(self, token: str, version: int, *, ends_s: float) -> Moment:
         """From now on it is of that version alone, which is not above the present one. Again: as it was.
 
-        Args:
-            ends_s: Of a snapshot: no matter.
-
         Raises:
             VersionGone: The pin is not here any more.
             InvalidRequest: It was armed after that version, or is settled at another one.
@@ -144,15 +144,16 @@ class Pins:
                 f"a pin of table {self._table!r} cannot be settled at version {version} on shard {self._shard}: it was "
                 f"taken at {pin.first.version}. Nothing was changed."
             )
-        self._pins[token] = replace(pin, moment=held, ends_s=_NEVER if pin.name else ends_s)
+        self._pins[token] = replace(pin, moment=held, ends_s=max(pin.ends_s, ends_s))
         self._forget_moments()
         return held
 
-    def renew(self, token: str, *, ends_s: float) -> Moment:
-        """Its reader lives. Raises VersionGone where it is not here any more."""
+    def renew(self, token: str, *, ends_s: float, keep: bool = False) -> Moment:
+        """Its reader lives. keep: it is a snapshot's, and settled at every owner: it has no lease from here on. Raises
+        VersionGone where it is not here any more."""
         pin = self._find(token)
-        if not pin.name:
-            self._pins[token] = replace(pin, ends_s=max(pin.ends_s, ends_s))
+        kept = keep and pin.moment is not None and bool(pin.name)
+        self._pins[token] = replace(pin, ends_s=_NEVER if kept else max(pin.ends_s, ends_s))
         return pin.moment or pin.first
 
     def moment(self, token: str) -> Moment:

@@ -154,7 +154,8 @@ class SyncGroup:
         if reply is None:
             return
         if reply.answer == "changed":
-            await self._renew(reply.generation)
+            with suppress(MempoolError):  # what cannot be asked for now stays: it may be committed
+                await self._renew(reply.generation)
             self._ended = False
         elif reply.answer == "heard" and not self._in_doubt:
             self._empty.clear()

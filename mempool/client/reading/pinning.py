@@ -48,6 +48,8 @@ async def _pinned(router: Router, table_id: int, pin: str, name: str) -> int:
     armed = await router.call(table_id, lambda attempt: attempt.pin("arm", pin, name=name, lease_s=LEASE_S))
     version = max(armed)
     await router.call(table_id, lambda attempt: attempt.pin("settle", pin, version=version, lease_s=LEASE_S))
+    if name:  # once all have it: where this process dies before, their leases end
+        await router.call(table_id, lambda attempt: attempt.pin("renew", pin, name=name, lease_s=LEASE_S))
     return version
 
 

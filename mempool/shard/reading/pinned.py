@@ -94,7 +94,7 @@ def answered_pin(table: HostedTable, request: PinRequest, *, now_s: float) -> Pi
     elif request.do == "settle":
         moment = moments.settle(request.pin, request.version, ends_s=ends_s)
     else:
-        moment = moments.pins.renew(request.pin, ends_s=ends_s)
+        moment = moments.pins.renew(request.pin, ends_s=ends_s, keep=bool(request.name))
     return PinReply(stamp=table.stamp, version=moment.version)
 
 

@@ -1983,7 +1983,9 @@ class PinRequest(_message.Message):
     version: _builtins.int
     """To settle: at which version. To attach: which, where there is no name."""
     name: _builtins.str
-    """To arm and to release: a snapshot's, which has no lease once it is settled; to attach: whose version. "": a reader's."""
+    """To arm and to release: a snapshot's; to renew: its, when every owner has settled it: it has no lease from then on; to
+    attach: whose version. "": a reader's.
+    """
     lease_s: _builtins.float
     """Seconds after which it is over unless it is renewed, at most 600."""
     @_builtins.property

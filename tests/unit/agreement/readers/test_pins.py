@@ -166,6 +166,7 @@ def test_a_snapshot_has_a_name_and_no_lease() -> None:
     with pytest.raises(VersionGone, match="snapshot 'before'"):
         owner.attach("b", name="before")  # it is not settled yet
     owner.pins.settle("a", 3, ends_s=5.0)
+    owner.pins.renew("a", ends_s=5.0, keep=True)
     owner.pins.expire(1e9)
     owner.step()
     assert owner.attach("b", name="before") == 3
@@ -176,9 +177,14 @@ def test_a_snapshot_has_a_name_and_no_lease() -> None:
     with pytest.raises(VersionGone, match="it was released"):
         owner.attach("c", name="before")
     owner.pins.release("b")
-    owner.arm("d", name="late", ends_s=5.0)
-    owner.pins.expire(5.0)
-    assert owner.kept == [], "a client that died in between leaves none behind"
+    for token, settled in (("d", False), ("e", True)):
+        owner.arm(token, name="late", ends_s=5.0)
+        if settled:
+            owner.pins.settle(token, owner.version, ends_s=5.0)
+        owner.pins.expire(5.0)
+        assert owner.kept == [], "a client that died in between leaves none behind"
+        with pytest.raises(VersionGone, match="silent"):
+            owner.arm(token, name="late", ends_s=99.0)  # a copy: nor does it hold the name
 
 
 def test_everything_a_client_can_make_it_keep_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,15 +114,17 @@ def test_any_order_of_commits_pins_and_moves(
 ) -> None:
     driver = _made(make_driver, kind, "columns")
     wanted: dict[str, dict[str, Tensor]] = {}
+    tokens: dict[int, str] = {}
     step = 0
     for number, (action, which) in enumerate(actions):
-        token = f"reader {which}"
+        token = tokens.get(which, "")
         if action == "step":
             step += 1
             train(driver, step)
         elif action == "write":
             write(driver, number)
         elif action == "pin" and token not in wanted:
+            token = tokens[which] = f"reader {which} of {number}"
             pin_all(driver, token)
             wanted[token] = seen(driver)
         elif action == "arm":
