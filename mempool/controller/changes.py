@@ -8,18 +8,18 @@ its name ends it, a failure leaves nothing behind; what a controller that dies l
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
 from mempool.controller.saving.forking import Fork, Forking, forked_view
+from mempool.controller.saving.standing import differences, require_alike, require_no_key_table
 from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable, StalePlacement
 from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
-    KeySpec,
     Ledger,
     Placement,
     ShardFill,
@@ -36,16 +36,11 @@ from mempool.types.keys import key_table, key_table_name
 from mempool.types.pool import MAX_PLACED_PAGES, MAX_TABLES, WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
-from mempool.types.schema_differences import schema_differences
 from mempool.types.sizes import bytes_by_owner, num_pages
 
 _LOG = logging.getLogger("mempool.controller")
 _FILL_TIMEOUT_S = 3600.0
 """Writing the initial values of a large table takes minutes; whoever waits for it has a deadline of their own."""
-_OF_PAGES = ("layout", "block_dim", "page_slots", "seed", "init_std")
-_OF_RATES = ("lr", "eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay", "max_norm")
-_MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
-"""A table may take the place of one that differs in these: who uses it finds what it knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +73,8 @@ class Making:
         task: Makes it.
         view: Where its pages will be, once that is planned; until then it waits for its turn.
         bytes_of: Bytes that each owner has to fill.
-        asked: A shard was asked to let it answer: it may be made.
+        asked: Ids of those that a shard was asked to let answer: they may be made.
+        keys: Of a fork, the table of the keys that it trains, which is made with it.
         ended: Why it is to end, where somebody ends it.
     """
 
@@ -89,7 +85,8 @@ class Making:
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
-    asked: bool = False
+    asked: set[int] = field(default_factory=set)
+    keys: TableView | None = None
     ended: MempoolError | None = None
     began_s: float
 
@@ -282,7 +279,7 @@ class TableChanges:
                     f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
                 )
             if isinstance(origin, Origin):
-                _require_alike(present.schema, schema, origin.source)
+                require_alike(present.schema, schema, origin.source)
         else:
             found = "; ".join(differences(present.schema, schema))
             remedy = (
@@ -314,16 +311,17 @@ class TableChanges:
             )
 
     async def _make(self, making: Making) -> TableView:
-        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own."""
-        if making.origin is not None:
+        """The table, and before it that of the keys that it trains; those of a checkpoint are restored themselves."""
+        if isinstance(making.origin, Origin):
             return await self._make_one(making)
         name, keys = making.schema.name, key_table(making.schema)
         async with self._changing:
             await self._know_all(name)
-            self._require_none(making.schema, None)
+            self._require_none(making.schema, making.origin)
         try:
-            await self._drop_keys(name)
-            if keys is not None:
+            if making.origin is None:
+                await self._drop_keys(name)
+            if making.origin is None and keys is not None:
                 await self._create(keys)
             return await self._make_one(making)
         except BaseException:
@@ -358,23 +356,32 @@ class TableChanges:
                 request = _attached(view, origin)
                 await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, schema.name)
-            made = AttachTable(view=view, mode="confirm")
-            making.asked = True
-            await self._calls.call(infos[0], lambda host: host.attach_table(made))
-            before = self._roster.find(schema.name)
-            view = self._roster.put(schema, view.placement, saved=view.saved)
-            await self._telling.confirm(view, infos[1:])
-            if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
-                self._roster.dropped.add(before.schema.table_id)
-                gone = before.schema.table_id
-                await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
+            for each in (making.keys, view):
+                if each is not None:
+                    view = await self._confirm(making, each, infos)
             return view
         except BaseException:
-            if making.view is not None:
-                await self._unmake(making.view, infos, asked=making.asked)
+            for found in (making.view, making.keys):
+                if found is not None:
+                    await self._unmake(found, infos, asked=found.schema.table_id in making.asked)
             raise
         finally:
-            self._roster.unfinished.discard(table_id)
+            for found in (making.view, making.keys):
+                self._roster.unfinished.discard(table_id if found is None else found.schema.table_id)
+
+    async def _confirm(self, making: Making, view: TableView, infos: tuple[ShardInfo, ...]) -> TableView:
+        """Let a table answer, of which all shards have all; it is the pool's from then on."""
+        made = AttachTable(view=view, mode="confirm")
+        making.asked.add(view.schema.table_id)
+        await self._calls.call(infos[0], lambda host: host.attach_table(made))
+        before = self._roster.find(view.schema.name)
+        view = self._roster.put(view.schema, view.placement, saved=view.saved)
+        await self._telling.confirm(view, infos[1:])
+        if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
+            self._roster.dropped.add(before.schema.table_id)
+            gone = before.schema.table_id
+            await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
+        return view
 
     async def _fork(self, making: Making, schema: TableSchema, fork: Fork, infos: tuple[ShardInfo, ...]) -> TableView:
         """Have all shards hold it, with ``changing`` held: the other table's pages stay where they are."""
@@ -385,7 +392,14 @@ class TableChanges:
         making.view = view = forked_view(schema, base, infos, self._roster.controller)
         making.bytes_of = bytes_by_owner(schema, view.placement.owners, view.placement.key_owners)
         self._roster.unfinished.add(schema.table_id)
-        await self._forking.fork(view, base, infos)
+        pairs, keys = [(view, base)], key_table(schema)
+        if keys is not None:
+            of_keys = self._roster.view(key_table_name(fork.table))
+            schema = replace(keys, table_id=self._roster.new_table_id())
+            making.keys = forked_view(schema, of_keys, infos, self._roster.controller)
+            self._roster.unfinished.add(schema.table_id)
+            pairs.append((making.keys, of_keys))
+        await self._forking.fork(pairs, infos)
         return view
 
     async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
@@ -429,16 +443,6 @@ class TableChanges:
         await asyncio.wait([making.task])
 
 
-def require_no_key_table(name: str, what: str) -> None:
-    """Raises InvalidRequest for the name of a table of keys, which has no life of its own. what: "made", "saved"."""
-    if name.endswith(key_table_name("")):
-        owner = name.removesuffix(key_table_name(""))
-        raise InvalidRequest(
-            f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
-            "was changed."
-        )
-
-
 def _attached(view: TableView, origin: Origin | None) -> AttachTable:
     if origin is None:
         return AttachTable(view=view, mode="initialise", pending=True)
@@ -453,31 +457,6 @@ def first_view(
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
     bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
     return TableView(schema=schema, placement=placement, shards=infos, controller=controller), bytes_of
-
-
-def _require_alike(present: TableSchema, schema: TableSchema, source: TableSource) -> None:
-    """Raises AlreadyExists where a table is not to take the place of another one: who uses that would find what they do
-    not know."""
-    if found := differences(present, schema, aside=_MAY_DIFFER):
-        of = f" of checkpoint {source.checkpoint!r}" if source.checkpoint else ""
-        what = f"table {source.table!r}{of} in {source.url}"
-        raise AlreadyExists(
-            f"{what} is another one than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under "
-            f"another name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was "
-            "changed."
-        )
-
-
-def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[str] = ("table_id",)) -> list[str]:
-    """Fields in which two schemas differ: "optimizer.lr is 0.1, not 0.2". aside: Fields that may."""
-    return [
-        f"{found.path} is {_shown(found.first)}, not {_shown(found.second)}"
-        for found in schema_differences(present, asked, aside=aside)
-    ]
-
-
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, KeySpec) else shown(value)
 
 
 def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:

@@ -8,6 +8,7 @@ from mempool.client.opening.connection import Connection
 from mempool.errors import InvalidRequest, NotFound
 from mempool.types import ForkTable, TableSchema, TableView
 from mempool.types.caller import Caller, calling
+from mempool.types.keys import key_table, key_table_name
 
 if TYPE_CHECKING:
     from mempool.client.table import Table
@@ -42,7 +43,11 @@ class Forks:
             )
         if getattr(to, "address", None) not in (None, self.connection.where.address):
             raise InvalidRequest(f"{to!r} is another pool's than table {schema.name!r}. Nothing was changed.")
-        self.taken_over(self.connection.run_long(self._reset(schema.name, name)))
+        view = self.connection.run_long(self._reset(schema.name, name))
+        if key_table(view.schema) is not None:
+            keys = self.connection.router.open(key_table_name(schema.name))
+            self.taken_over(self.connection.run(keys))
+        self.taken_over(view)
 
     async def _reset(self, name: str, to: str) -> TableView:
         tries, api = self.connection.tries, self.connection.api

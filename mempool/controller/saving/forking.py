@@ -11,6 +11,7 @@ from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
 from mempool.controller.saving.cut import Owner
 from mempool.controller.saving.moment import Moments
+from mempool.controller.saving.standing import require_no_key_table
 from mempool.errors import AlreadyExists, NotFound
 from mempool.types import AttachTable, ForkPoint, ForkTable, Placement, ShardHost, ShardInfo, TableSchema, TableView
 from mempool.types.schema_checks import check_schema, shown
@@ -46,6 +47,8 @@ def fork_of(request: ForkTable, roster: Roster) -> tuple[TableSchema, Fork]:
         InvalidRequest: The new name is none.
         ShardUnavailable: Whether there is one is not known yet.
     """
+    for name in (request.table, request.name):
+        require_no_key_table(name, "forked")
     base = roster.view(request.table).schema
     if base.table_id != request.table_id:
         raise NotFound(
@@ -87,29 +90,33 @@ class Forking:
     moments: Moments
     new_token: Callable[[], str]
 
-    async def fork(self, view: TableView, base: TableView, infos: Sequence[ShardInfo]) -> int:
-        """Have all shards hold the new table as the other one is. Returns that one's version then.
+    async def fork(self, pairs: Sequence[tuple[TableView, TableView]], infos: Sequence[ShardInfo]) -> None:
+        """Have all shards hold each new table as another one is, all of them of one moment.
+
+        Args:
+            pairs: A new table, and what it is to be as.
 
         Raises:
-            MempoolError: Some shard could not. What others have of it is pending.
+            MempoolError: Some shard could not. What others have of them is pending.
         """
-        base_id = base.schema.table_id
-        ready = AttachTable(view=view, mode="fork", pending=True, fork=ForkPoint(table_id=base_id))
-        empty = AttachTable(view=view, mode="empty", pending=True)
-        owners = base.placement.shards
 
-        async def attach(info: ShardInfo) -> None:
-            request = ready if info.shard in owners else empty
+        async def attach(view: TableView, base: TableView, info: ShardInfo) -> None:
+            point = ForkPoint(table_id=base.schema.table_id)
+            request = AttachTable(view=view, mode="empty", pending=True)
+            if info.shard in base.placement.shards:
+                request = AttachTable(view=view, mode="fork", pending=True, fork=point)
             await self.calls.call(info, lambda host: host.attach_table(request), timeout_s=_READY_TIMEOUT_S)
 
-        results = await asyncio.gather(*(attach(info) for info in infos), return_exceptions=True)
-        for result in results:
+        ready = (attach(*pair, info) for pair in pairs for info in infos)
+        for result in await asyncio.gather(*ready, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
         token = self.new_token()
+        new = {base.schema.table_id: view for view, base in pairs}
 
-        async def take(host: ShardHost, _: Owner, version: int) -> None:
-            point = ForkPoint(table_id=base_id, token=token, version=version)
-            await host.attach_table(AttachTable(view=view, mode="forked", pending=True, fork=point))
+        async def take(host: ShardHost, owner: Owner, version: int) -> None:
+            point = ForkPoint(table_id=owner.table_id, token=token, version=version)
+            request = AttachTable(view=new[owner.table_id], mode="forked", pending=True, fork=point)
+            await host.attach_table(request)
 
-        return (await self.moments.take([base], token, take)).versions[base_id]
+        await self.moments.take([base for _, base in pairs], token, take)

@@ -12,7 +12,8 @@ from mempool.checkpoint.format.ledger_json import parse_ledger
 from mempool.checkpoint.format.manifest import Manifest
 from mempool.checkpoint.stores import open_store
 from mempool.checkpoint.stores.places import check_place
-from mempool.controller.changes import Origin, require_no_key_table
+from mempool.controller.changes import Origin
+from mempool.controller.saving.standing import require_no_key_table
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StorageFailed
 from mempool.types import Ledger, RestoreTables, TableSchema, TableSource
 from mempool.types.keys import is_key_table, key_table, key_table_name

@@ -13,7 +13,8 @@ import mempool
 from mempool import errors
 from mempool.config import resolve
 from mempool.controller import changes
-from mempool.controller.changes import differences, first_view
+from mempool.controller.changes import first_view
+from mempool.controller.saving.standing import differences
 from mempool.types import ShardInfo
 from mempool.types.caller import Caller, calling, current_caller
 from mempool.wire.channels.loop import run
