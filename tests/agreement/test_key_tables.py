@@ -111,6 +111,33 @@ def test_a_checkpoint_has_them_and_so_has_what_is_restored(pools: Pools, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KEYS)
+def test_a_fork_has_them_and_so_has_what_is_reset(pools: Pools, kind: str) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, kind)
+        train(table)
+        before, keys = everything_of(table), table.keys
+        fork = table.fork("fork")
+        assert names_of(pool) == sorted(["fork", "fork:keys", kind, f"{kind}:keys"])
+        assert_same(everything_of(fork), before)
+        for each in (table, fork):
+            torch.manual_seed(2)
+            train(each)
+        assert_same(everything_of(fork), everything_of(table))
+        train(table)
+        moved = everything_of(table)
+        train(fork)
+        assert_same(everything_of(table), moved)
+        table.reset(fork)
+        assert table.keys is keys
+        assert_same(everything_of(table), everything_of(fork))
+        train(table)
+        pool.drop_table("fork")
+        assert names_of(pool) == sorted([kind, f"{kind}:keys"])
+        with pytest.raises(errors.InvalidRequest, match="has the keys of table"):
+            keys.fork("other")
+
+
+@pytest.mark.parametrize("kind", KEYS)
 def test_a_file_has_them_and_so_has_what_is_imported(pools: Pools, tmp_path: Path, kind: str) -> None:
     with pools.fresh(2) as pool:
         table = made(pool, kind, num_slots=19**2)  # sections of product keys have rows that fill them up
