@@ -133,7 +133,7 @@ def test_a_fork_has_them_and_so_has_what_is_reset(pools: Pools, kind: str) -> No
         train(table)
         pool.drop_table("fork")
         assert names_of(pool) == sorted([kind, f"{kind}:keys"])
-        with pytest.raises(errors.InvalidRequest, match="has the keys of table"):
+        with pytest.raises(errors.InvalidRequest, match="the table of another one's keys"):
             keys.fork("other")
 
 
