@@ -1,5 +1,6 @@
 # make demo      sets everything up, trains on a pool and grows it, ends it and starts it again, says what came of it
 # make test      sets everything up and runs every check; make lint, types, imports, unit, integration: one of them alone
+# make test-long the same tests with all their cases, and three times as many examples (twice as long)
 # make check     what a change needs at least (SINCE=COMMIT)
 # make simulate  whole pools on simulated time and links, each on a seed (SEEDS=200 SEED=1); says how to replay one
 # make chaos     kills and stops processes and nodes of pools on a disk, cuts, fills, flips (SECONDS=300 SEED=1), bit for bit as without
@@ -24,17 +25,18 @@ ifndef BEGAN
 BEGAN := $(shell date +%s)
 endif
 export BEGAN
+GPU_CODE := tests/unit/kernels/test_gpu_code.py
 SOURCES := mempool examples tests protos
 SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
 SECONDS ?= 300
 
-.PHONY: help demo compile-kernels run-demo test static check bench bench-wire lint types imports protos protos-check unit kernels run-tests files integration setup clean
+.PHONY: help demo compile-kernels run-demo test test-long static check bench bench-wire lint types imports protos protos-check unit kernels gpu-code run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,8s/^# //p' Makefile
+	@sed -n '1,9s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -74,10 +76,13 @@ run-demo: $(DEMO_READY)
 
 # What is checked without running it needs one core, as does the start of the kernels' compiler.
 test: $(READY)
-	@$(MAKE) --no-print-directory -j 2 static kernels
+	@$(MAKE) --no-print-directory -j 2 kernels static
 	@$(MAKE) --no-print-directory run-tests
 
-static: lint types imports protos-check
+test-long: export MEMPOOL_TEST_LONG = 1
+test-long: test
+
+static: lint types imports protos-check gpu-code
 
 lint: $(READY)
 	@echo "== lint"
@@ -100,12 +105,17 @@ protos-check: $(READY)
 	@$(BIN)/buf lint protos
 	@$(BIN)/python protos/generate.py --check
 
-unit: kernels
+unit: kernels gpu-code
 	@$(MAKE) --no-print-directory run-tests
 
 kernels: $(READY)
 	@echo "== compiling the CPU kernels (once per version of them, kept on disk: no test shall wait for a compiler)"
 	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
+
+# One process, which needs no kernel of the CPU: beside their compiler.
+gpu-code: $(READY)
+	@echo "== compiling the GPU kernels for a GPU that need not be here"
+	@$(BIN)/python -m pytest -q --durations 3 $(GPU_CODE)
 
 # Those that start Ray and its nodes wait most of their time, one after the other; the others leave them the processors.
 run-tests:
@@ -114,7 +124,7 @@ run-tests:
 # File by file in the order of tests/conftest.py, the long ones first.
 files: $(READY)
 	@echo "== tests"
-	@OMP_WAIT_POLICY=passive nice $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --ignore tests/integration
+	@OMP_WAIT_POLICY=passive nice $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --ignore tests/integration --ignore $(GPU_CODE)
 
 integration: $(READY)
 	@echo "== tests that start Ray and its nodes"

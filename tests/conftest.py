@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from kinds import LONG
 
 if TYPE_CHECKING:
     from xdist.scheduler import LoadFileScheduling
@@ -16,6 +17,8 @@ _LONG = ("test_triton.py", "contract", "test_parts.py", "test_training.py", "tes
 
 _TOGETHER = ("tests/contract", "tests/unit/examples")
 
+
+_FEW = 20
 
 hypothesis.settings.register_profile("mempool", deadline=None)  # a timing is no test
 hypothesis.settings.load_profile("mempool")
@@ -28,8 +31,20 @@ def _place(item: pytest.Item) -> int:
     return len(_LONG)
 
 
+def _look_less(item: pytest.Item) -> None:
+    """At a third of the examples that a test of hypothesis asks for: they are other ones in each run."""
+    function = getattr(item, "obj", None)
+    own = getattr(function, "_hypothesis_internal_use_settings", hypothesis.settings.default)
+    if hasattr(function, "hypothesis") and own.max_examples > _FEW:
+        few = max(_FEW, own.max_examples // 3)
+        function._hypothesis_internal_use_settings = hypothesis.settings(own, max_examples=few)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
+    if not LONG:
+        for item in items:
+            _look_less(item)
 
 
 def _settle() -> None:

@@ -162,6 +162,10 @@ class AppliedLedger:
         self._take(ledger)
         return True
 
+    def begin_as(self, ledger: Ledger) -> None:
+        """Begin anew where that ledger stands, as a table that was forked does."""
+        self._take(ledger)
+
     def learn_others(self, ledger: Ledger | None) -> None:
         """Take over, of steps that another shard has decided, their parts at other tables: it alone knows them."""
         for rank, decided in () if ledger is None else ledger.entries.items():

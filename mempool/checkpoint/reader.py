@@ -23,7 +23,7 @@ from mempool.checkpoint.format.pages import CHECKSUM_BYTES, PageArray, Pages, bl
 from mempool.checkpoint.stores import Store
 from mempool.checkpoint.stores.store import place_of
 from mempool.errors import DataLoss, InvalidRequest, NotFound
-from mempool.types import Ledger, PageBatch, TableSchema
+from mempool.types import Ledger, PageBatch, ProductKeySpec, TableSchema
 from mempool.types.schema_differences import schema_differences
 
 OF_THE_POOL = ("table_id", "name", "layout")
@@ -193,7 +193,7 @@ class StoredTable:
         schema, dtype = self.state.schema, getattr(torch, array.dtype)
         if array.per == "head":
             keys = schema.keys
-            assert keys is not None
+            assert isinstance(keys, ProductKeySpec)
             out = buffers.take(array.name, (len(group.heads), 2, schema.stride, keys.key_dim // 2), dtype)
             for run in self._ranges_of(array, group):
                 read = torch.empty(run.length, dtype=torch.uint8)

@@ -21,7 +21,7 @@ from mempool.checkpoint.format.pages import CHECKSUM_BYTES, Batch, PageArray, Pa
 from mempool.checkpoint.format.tensor_file import TensorEntry, header_of
 from mempool.checkpoint.stores import FileWriter, Store
 from mempool.errors import InvalidRequest
-from mempool.types import TableSchema
+from mempool.types import ProductKeySpec, TableSchema
 
 
 class PartWriter:
@@ -89,7 +89,8 @@ class PartWriter:
         self.written_bytes = 0
         self._files_left = group_files(schema, arrays, iter(groups), file_bytes=file_bytes)
         # A writer that is tried again writes files of its own: the one before may be writing yet.
-        self._stem = f"{checkpoint}/{schema.name}.{writer}.{secrets.token_hex(4)}"
+        name = schema.name.replace(":", ".")  # of a table of keys
+        self._stem = f"{checkpoint}/{name}.{writer}.{secrets.token_hex(4)}"
         self._files: dict[str, StoredFile] = {}
         self._batches: list[Batch] = []
         self._open: _DataFile | None = None
@@ -188,7 +189,7 @@ class PartWriter:
     def _shapes(self, array: PageArray, group: PageGroup) -> Iterator[tuple[int, tuple[int, ...]]]:
         if array.per == "head":
             keys = self._schema.keys
-            assert keys is not None
+            assert isinstance(keys, ProductKeySpec)
             yield 0, (len(group.heads), 2, self._schema.stride, keys.key_dim // 2)
             return
         for block in blocks_of(array, group.blocks):

@@ -66,7 +66,7 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
                 f"{table['updates_applied']:,}", style="red" if table["lost_pages"] else None,
             )  # fmt: skip
         console.print(tables)
-    for line in _versions(now):
+    for line in [*_versions(now), *_forks(now)]:
         console.print(line)
     if stages:
         console.print(_stages(console, now.shards))
@@ -245,6 +245,17 @@ def _versions(now: PoolStatus) -> list[str]:
         taken = sum(shard.version_bytes for shard in now.shards)
         limit = sum(shard.version_limit_bytes for shard in now.shards)
         lines.append(f"rows as they were, for these: {_size(taken)} of {_size(limit)} that they may take")
+    return lines
+
+
+def _forks(now: PoolStatus) -> list[str]:
+    """Lines for tables that share memory with those that they are forks of."""
+    lines = []
+    for view in now.tables:
+        tables = [table for shard in now.shards for table in shard.tables if table.table_id == view.schema.table_id]
+        if shared := sum(table.shared_bytes for table in tables):
+            own = sum(table.num_bytes for table in tables) - shared
+            lines.append(f"table {view.schema.name} is a fork: {_size(own)} of its own, {_size(shared)} shared")
     return lines
 
 

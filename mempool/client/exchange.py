@@ -16,6 +16,7 @@ from mempool.checkpoint.stores.places import absolute
 from mempool.config import TableConfig, resolve
 from mempool.errors import InvalidRequest, MempoolError
 from mempool.types import CheckpointProgress, RestoreTables, TakeCheckpoint
+from mempool.types.keys import key_table
 
 _ASIDE = "mempool-export-"
 
@@ -106,7 +107,7 @@ class Export:
 
     def heard(self, report: CheckpointProgress) -> None:
         """A report of the checkpoint."""
-        version = report.tables[0].version if report.tables else 0
+        version = report.tables[0].version if report.tables else 0  # the first is the one that was named
         self._say(
             replace(
                 self._last,
@@ -123,8 +124,11 @@ class Export:
         def written(done: int, total: int) -> None:
             self._say(replace(self._last, bytes_done=done, bytes_total=total, doing="writing the file"))
 
-        stored = Checkpoint(open_store(self.request.url)).table(self._last.table)
-        export_table(stored, self._last.file, state=self._state, progress=written)
+        checkpoint = Checkpoint(open_store(self.request.url))
+        stored = checkpoint.table(self._last.table)
+        trained = key_table(stored.state.schema)
+        keys = None if trained is None else checkpoint.table(trained.name)
+        export_table(stored, self._last.file, keys=keys, state=self._state, progress=written)
         return self._say(replace(self._last, version=stored.state.version, doing=""))
 
     def clear(self) -> None:

@@ -11,7 +11,8 @@ from mempool.client.opened import OpenTables
 from mempool.client.opening.creation import CreateProgress
 from mempool.client.table import Table
 from mempool.config import TableConfig
-from mempool.types import CheckpointProgress, PoolApi
+from mempool.types import CheckpointProgress, PoolApi, TableView
+from mempool.types.keys import is_key_table
 from mempool.wire.channels import loop
 
 
@@ -128,9 +129,7 @@ class Keeping:
         request = asked_restore(url, tables, checkpoint=checkpoint, name=name, replace=replace, layout=layout)
         restoring = Restoring(self._api, request)
         self._following.follow(restoring.reports(), progress)
-        views = self._open.adopted(restoring.views)
-        opened = self._open.taken_over if replace else self._open.opened
-        return tuple(opened(view) for view in views)
+        return self._opened(restoring.views, replace=replace)
 
     def export_table(
         self,
@@ -150,7 +149,7 @@ class Keeping:
         Args:
             name: The table's.
             file: A path, or a URL that fsspec knows.
-            state: The optimizer's state too, as ``values.<state>``.
+            state: The optimizer's state too, as ``values.<state>``; not that of keys which are trained.
             via: Where the checkpoint is taken; None: beside the file.
             progress: Called on this thread with each report.
 
@@ -208,5 +207,11 @@ class Keeping:
         request = asked_import(file, config, name=name, replace_table=replace, values=values, keys=keys)
         restoring = Restoring(self._api, request)
         self._following.follow(restoring.reports(), progress)
-        (view,) = self._open.adopted(restoring.views)
-        return self._open.taken_over(view) if replace else self._open.opened(view)
+        (table,) = self._opened(restoring.views, replace=replace)
+        return table
+
+    def _opened(self, views: Iterable[TableView], *, replace: bool) -> tuple[Table, ...]:
+        """The tables that were made, in whose place their keys' are opened too, if they replace others."""
+        opened = self._open.taken_over if replace else self._open.opened
+        made = [opened(view) for view in self._open.adopted(views)]
+        return tuple(table for table in made if not is_key_table(table.schema))

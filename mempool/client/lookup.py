@@ -14,7 +14,7 @@ from mempool.client.gathers.untraced import untraced
 from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import Seen
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, TableSchema
+from mempool.types import FlatKeySpec, OwnKeySpec, TableSchema, TrainedKeySpec
 
 
 class Lookup(NamedTuple):
@@ -72,6 +72,12 @@ class PendingLookup:
         return self._finish(self._pending.result()[0])
 
 
+def has_flat_keys(schema: TableSchema) -> bool:
+    """Whether queries have no heads."""
+    keys = schema.keys
+    return isinstance(keys, FlatKeySpec) or (isinstance(keys, TrainedKeySpec) and not keys.product)
+
+
 def checked_queries(queries: Tensor, *, schema: TableSchema) -> Tensor:
     """A caller's queries as shards take them, after all checks.
 
@@ -93,8 +99,11 @@ def checked_queries(queries: Tensor, *, schema: TableSchema) -> Tensor:
     if not isinstance(queries, Tensor) or not queries.is_floating_point():
         kind = str(queries.dtype) if isinstance(queries, Tensor) else type(queries).__name__
         raise InvalidRequest(f"lookup in table {name!r}: queries must be a floating torch.Tensor, not {kind}.")
+    if isinstance(keys, OwnKeySpec):
+        raise InvalidRequest(f"table {name!r} has the keys of another table: look up in that one.")
+    flat = has_flat_keys(schema)
     heads = 1 if isinstance(keys, FlatKeySpec) else keys.heads
-    tail = [keys.key_dim] if isinstance(keys, FlatKeySpec) else [heads, keys.key_dim]
+    tail = [keys.key_dim] if flat else [heads, keys.key_dim]
     if list(queries.shape[1:]) != tail or queries.dim() == 0:
         wanted = ", ".join(map(str, tail))
         raise InvalidRequest(
@@ -127,7 +136,7 @@ def checked_topk(topk: object, *, schema: TableSchema) -> int:
 
 def answered(lookup: Lookup, *, schema: TableSchema, device: torch.device) -> Lookup:
     """The answer as the caller gets it: on its device, of flat keys without their one head, [B, 1, K] -> [B, K]."""
-    if isinstance(schema.keys, FlatKeySpec):
+    if has_flat_keys(schema):
         ids, scores, weights = (part.squeeze(1) for part in lookup[:3])
         lookup = Lookup(ids, scores, weights, lookup.values)
     return Lookup(*(part.to(device) for part in lookup))

@@ -4,13 +4,16 @@ tables that it has replaced follow it."""
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from weakref import WeakValueDictionary
 
 from mempool.client.opening.connection import Connection
+from mempool.client.opening.forking import Forks
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest, MempoolError
 from mempool.types import TableSchema, TableView
+from mempool.types.keys import key_table_name
 from mempool.types.schema_differences import schema_differences
 
 
@@ -25,6 +28,7 @@ class OpenTables:
         self._connection = connection
         self._router = connection.router
         self._group = group
+        self._forks = Forks(connection, self.opened, partial(self.taken_over, strict=True))
         self._lock = threading.Lock()
         self._tables: dict[int, list[Table]] = {}  # all those of one id have one session
         self._dropped: WeakValueDictionary[str, Table] = WeakValueDictionary()  # the newest of each name
@@ -40,9 +44,14 @@ class OpenTables:
                     session=self._session(schema),
                     run=self._connection.run,
                     begin=self._connection.begin,
+                    open_keys=partial(self._keys_of, schema.name),
                 )
+                table.forks = self._forks
                 self._tables[schema.table_id] = [table]
             return self._tables[schema.table_id][0]
+
+    def _keys_of(self, name: str) -> Table:
+        return self.opened(self._connection.run(self._router.open(key_table_name(name))))
 
     def taken_over(self, view: TableView, *, strict: bool = False) -> Table:
         """The table, by the newest ``Table`` of an earlier one of its name, if there is any; older ones follow it, too.
@@ -82,7 +91,9 @@ class OpenTables:
         return self.opened(view)
 
     def dropped(self, name: str) -> None:
-        """Tables of that name are gone."""
+        """Tables of that name are gone, and those of their keys."""
+        if not name.endswith(key_table_name("")):
+            self.dropped(key_table_name(name))
         with self._lock:
             dropped = [table_id for table_id, tables in self._tables.items() if tables[0].name == name]
             for table_id in sorted(dropped):

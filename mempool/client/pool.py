@@ -32,6 +32,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.groups.meeting import Consistency, Reduction
+from mempool.types.keys import is_key_table, key_table, key_table_name
 
 T = TypeVar("T")
 
@@ -156,11 +157,14 @@ class Pool(Keeping):
             NotFound: There is no such table.
             PoolUnreachable: Nobody answered within timeout_s.
         """
+        if name.endswith(key_table_name("")):
+            raise InvalidRequest(f"table {name!r} has the keys of another table; take that one, and its keys")
         return self._open.opened(self._connection.run(self.router.open(name)))
 
     def tables(self) -> tuple[Table, ...]:
-        """All tables, in the order they were made."""
-        return tuple(self._open.opened(view) for view in self._connection.run(self._list_tables()))
+        """All tables, in the order they were made; those of trained keys are their tables' (``Table.keys``)."""
+        views = self._connection.run(self._list_tables())
+        return tuple(self._open.opened(view) for view in views if not is_key_table(view.schema))
 
     def reopen(self, name: str) -> Table:
         """The pool's table of that name as it is now, by the ``Table`` that this client had of that name before.
@@ -174,7 +178,10 @@ class Pool(Keeping):
             NotFound: There is no such table.
             PoolUnreachable: Nobody answered within timeout_s.
         """
-        return self._open.taken_over(self._connection.run(self.router.open(name)), strict=True)
+        view = self._connection.run(self.router.open(name))
+        if key_table(view.schema) is not None:
+            self._open.taken_over(self._connection.run(self.router.open(key_table_name(name))))
+        return self._open.taken_over(view, strict=True)
 
     def drop_table(self, name: str) -> None:
         """Drop a table, its values and what is pending on it, for every client.

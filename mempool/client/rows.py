@@ -15,7 +15,7 @@ from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
 from mempool.client.routing.slices import MESSAGE_BYTES, together, windows
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
+from mempool.types import FlatKeySpec, OwnKeySpec, ProductKeySpec, TableSchema, TrainedKeySpec
 
 
 class Rows:
@@ -62,7 +62,7 @@ class Rows:
 
     def _rows_per_message(self, array: str) -> int:
         keys, width = self._schema.keys, self._schema.value_dim
-        if array == "keys" and keys is not None:
+        if array == "keys" and isinstance(keys, FlatKeySpec | ProductKeySpec):
             width = keys.key_dim if isinstance(keys, FlatKeySpec) else keys.key_dim * math.isqrt(self._schema.num_slots)
         return max(1, MESSAGE_BYTES // (4 * width))
 
@@ -134,12 +134,12 @@ def checked_key_rows(ids: Tensor | None, *, schema: TableSchema) -> tuple[Tensor
         InvalidRequest: The table has no keys in the pool, or ids are wrong.
     """
     keys, table = schema.keys, schema.name
-    if keys is None:
+    if keys is None or isinstance(keys, OwnKeySpec):
         raise InvalidRequest(
             f"table {table!r} has no keys in the pool; make it with keys=ProductKeys(...) or FlatKeys(...)."
         )
-    heads = isinstance(keys, ProductKeySpec)
-    count = keys.heads if isinstance(keys, ProductKeySpec) else schema.num_slots
+    heads = isinstance(keys, ProductKeySpec) or (isinstance(keys, TrainedKeySpec) and keys.product)
+    count = keys.heads if not isinstance(keys, FlatKeySpec) and heads else schema.num_slots
     if ids is None:
         key_ids = torch.arange(count, dtype=torch.int64, device="cpu")
     else:

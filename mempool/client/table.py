@@ -1,15 +1,15 @@
 """A table as a trainer or reader uses it.
 
-What it is given is checked in ``bags``, ``rows`` and ``lookup``, and sent from ``training.link`` (gathers and their
-gradients), ``rows`` (reads and writes) and ``training.session`` (the optimizer's step).
+Keys are ``keys.keyed``'s. What it is given is checked in ``bags``, ``rows`` and ``lookup``, and sent from
+``training.link`` (gathers and their gradients), ``rows`` (reads and writes) and ``training.session`` (the optimizer's
+step).
 
 Legend: B bags, L pairs per bag (or of all bags, with offsets), M rows, H heads, K top-k, D key dim, n half-keys, V
 value dim.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -22,12 +22,11 @@ from mempool.client.gathers.hot_rows import CacheStatus
 from mempool.client.gathers.pending import PendingGather
 from mempool.client.gathers.pending import begin as begin_gather
 from mempool.client.gathers.untraced import untraced
-from mempool.client.lookup import Lookup, PendingLookup, answered, checked_queries, checked_topk
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.reading.versions import Versions
 from mempool.client.routing.router import Router
-from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
-from mempool.client.training.commitment import Prepared
+from mempool.client.rows import Rows, checked_matrix, checked_rows, distinct_rows
+from mempool.client.training.commitment import Prepared, together
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Session, SessionCounters
 from mempool.client.training.state import checked_state, checked_step, names_to_read
@@ -62,8 +61,18 @@ class Table(Versions):
             is bitwise what shards answer, never older. 0, as it is at first: none. May be set at any time.
     """
 
-    def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
+    def __init__(
+        self,
+        schema: TableSchema,
+        *,
+        router: Router,
+        session: Session,
+        run: Run,
+        begin: Begin,
+        open_keys: Callable[[], "Table"] | None = None,
+    ) -> None:
         self.schema = schema
+        self._open_keys = open_keys
         self._router = router
         self._session = session
         self._run = run
@@ -261,45 +270,6 @@ class Table(Versions):
         return self._link.prefetch(Bags(ids=flat_ids, weights=None, offsets=flat_offsets), remember=remember)
 
     @untraced
-    def lookup_async(self, queries: Tensor, topk: int) -> PendingLookup:
-        """Start a ``lookup``, and go on: ``result()`` of what this answers waits for it and is what ``lookup`` returns.
-
-        Raises:
-            InvalidRequest: As ``lookup``; nothing was sent. Other errors are the result's.
-        """
-        checked = checked_queries(queries, schema=self.schema)
-        count = checked_topk(topk, schema=self.schema)
-        pending = self._begin(
-            self._router.lookup(self.schema.table_id, queries=checked, topk=count, reply_dtype=self.wire_dtype)
-        )
-        return PendingLookup(self.name, pending, partial(answered, schema=self.schema, device=queries.device))
-
-    @untraced
-    def lookup(self, queries: Tensor, topk: int) -> Lookup:
-        """Score queries against the keys in the pool, take the best ``topk`` per head, softmax, weighted sum of values.
-
-        Nothing of it is differentiable. To train the values, pass its ids and weights to ``gather``.
-
-        Args:
-            queries: [B, H, D] for product keys, [B, D] for flat keys; floating, finite, on any device.
-            topk: Slots per head, at most num_slots.
-
-        Returns:
-            ids, scores, weights [B, H, K] ([B, K] for flat keys) and values [B, value_dim], on the device of queries.
-
-        Raises:
-            InvalidRequest: The table has no keys in the pool, or queries are not what they ask for; nothing was sent.
-            ShardUnavailable: A shard did not answer within the pool's timeout_s.
-            DataLoss: Pages of the table are gone.
-        """
-        checked = checked_queries(queries, schema=self.schema)
-        count = checked_topk(topk, schema=self.schema)
-        lookup, _ = self._run(
-            self._router.lookup(self.schema.table_id, queries=checked, topk=count, reply_dtype=self.wire_dtype)
-        )
-        return answered(lookup, schema=self.schema, device=queries.device)
-
-    @untraced
     def rows(self, ids: Tensor | Sequence[int]) -> Tensor:
         """Values as they are stored: ids [M] int64, or a list of int -> [M, value_dim] on the CPU. No gradient.
 
@@ -356,6 +326,8 @@ class Table(Versions):
     def step_count(self) -> int:
         """How many steps the table's optimizer counts: its commits, or what ``set_step`` said and those after.
 
+        Where whoever called ``set_step`` died before all shards had heard it, this tells the others.
+
         Raises:
             StepConflict: Somebody commits meanwhile.
         """
@@ -395,38 +367,8 @@ class Table(Versions):
         with self._link.prefetched.writing():
             self._rows.write("values", own_ids, checked)
 
-    @untraced
-    def read_keys(self, ids: Tensor | None = None) -> Tensor:
-        """Keys kept in the pool, float32 on the CPU.
-
-        Args:
-            ids: [M] int64: slots for flat keys, heads for product keys; None means all.
-
-        Returns:
-            Flat keys: [M, D]. Product keys: [M, 2, n, D / 2].
-        """
-        key_ids, shape = checked_key_rows(ids, schema=self.schema)
-        return self._rows.read("keys", key_ids).reshape(shape)
-
-    @untraced
-    def write_keys(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """Overwrite keys kept in the pool.
-
-        Args:
-            keys: [M, D] for flat keys, [M, 2, n, D / 2] for product keys; floating and finite.
-            ids: [M] int64, distinct: slots for flat keys, heads for product keys; None means all.
-
-        Raises:
-            InvalidRequest: The table has no keys in the pool, or keys or ids are not as they must be; nothing was sent.
-        """
-        key_ids, shape = checked_key_rows(ids, schema=self.schema)
-        checked = checked_matrix("keys", keys, shape, torch.float32, table=self.name)
-        if not bool(torch.isfinite(checked).all()):
-            raise InvalidRequest(
-                f"table {self.name!r}: keys must be finite; a key of NaN or inf makes every lookup NaN."
-            )
-        require_distinct(key_ids, table=self.name)
-        self._rows.write("keys", key_ids, checked.reshape(key_ids.shape[0], -1))
+    def _pooled(self, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.gather(ids, weights)
 
     def rebind(self, schema: TableSchema, session: Session) -> None:
         """For ``Pool``: from now on it is another table of the same name, slots and width."""
@@ -458,37 +400,47 @@ class Table(Versions):
     def prepare(self, *, want_norm: bool = True, norm_order: float = 0.0) -> Prepared | None:
         """Make everything pending ready to commit, and learn its norm. None where nothing is pending.
 
-        With ``norm_order`` (above 0, inf for the largest element) it answers the norm of that order, too.
+        With ``norm_order`` (above 0, inf for the largest element) it answers the norm of that order, too. Keys that are
+        trained have their part in all of it.
 
         For what needs one decision over several tables: clipping by global norm, gradient scalers. ``commit`` or
         ``discard`` must follow soon: pages cannot move meanwhile.
         """
-        self._link.drop_zeroed()
-        return prepare_tables([self._link], want_norm=want_norm, norm_order=norm_order)[0]
+        links = self.step_links
+        for link in links:
+            link.drop_zeroed()
+        return together(prepare_tables(links, want_norm=want_norm, norm_order=norm_order), norm_order=norm_order)
 
-    def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> int:
+    def commit(self, *, lr: float | None = None, grad_scale: float = 1.0, keys_lr: float | None = None) -> int:
         """Apply everything pending as one step of the table's optimizer; does nothing where nothing is pending.
 
         It is acknowledged once it is decided: every later lookup of this client sees it. A commit that failed on its
         way is continued by the next call, with the lr and grad_scale it was sent with; the error says what is known.
+        Keys that are trained are in the same step.
 
         Args:
             lr: Learning rate of this step; None takes the table's own.
             grad_scale: Multiplies the gradient first (clipping, unscaling, mean).
+            keys_lr: Learning rate of keys that are trained; None takes their own.
 
         Returns:
-            How many updates were committed.
+            How many updates were committed, of values and of keys.
         """
-        lr = self.schema.optimizer.lr if lr is None else lr
-        for name, number in (("lr", lr), ("grad_scale", grad_scale)):
+        if keys_lr is not None and not self.trains_keys:
+            raise InvalidRequest(f"table {self.name!r}: keys_lr = {keys_lr!r}, and it trains no keys; leave it out.")
+        links = self.step_links
+        rates = [link.own_lr if rate is None else rate for link, rate in zip(links, (lr, keys_lr), strict=False)]
+        for name, number in (*zip(("lr", "keys_lr"), rates, strict=False), ("grad_scale", grad_scale)):
             if not math.isfinite(as_number(number)):
                 raise InvalidRequest(f"table {self.name!r}: {name} = {number!r} must be a finite number.")
-        self._link.drop_zeroed()
-        return commit_tables([TableCommit(self._link, lr=float(lr), grad_scale=float(grad_scale))])[0]
+        for link in links:
+            link.drop_zeroed()
+        commits = zip(links, rates, strict=True)
+        return sum(commit_tables([TableCommit(link, float(rate), float(grad_scale)) for link, rate in commits]))
 
     def discard(self) -> int:
         """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays.
 
         Where nothing is pending this is free: nothing is sent and nobody is waited for.
         """
-        return discard_tables([self._link])[0]
+        return sum(discard_tables(self.step_links))

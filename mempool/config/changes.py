@@ -8,6 +8,7 @@ from mempool.config.model import ConfigModel, value_text
 from mempool.config.table import TableConfig, resolve, unsaid
 from mempool.errors import ConfigError
 from mempool.types import TableSchema
+from mempool.types.keys import is_key_table
 from mempool.types.schema_differences import schema_differences
 
 
@@ -100,7 +101,7 @@ def diff(
     """
     if live_tables is None:
         live_tables = map(resolve, old.tables)
-    live = {schema.name: schema for schema in live_tables}
+    live = {schema.name: schema for schema in live_tables if not is_key_table(schema)}
     wanted = {table.name: table for table in new.tables}
     refused = [FieldChange(field="pool.name", before=old.pool.name, after=new.pool.name)]
     for name, table in wanted.items():

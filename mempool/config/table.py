@@ -11,35 +11,57 @@ from pydantic import Field, field_validator, model_validator
 
 from mempool.config.model import ConfigModel, FieldProblem, Flag, Loc, Number, WholeNumber, within
 from mempool.config.optimizers import Adagrad, Optimizer, whole_rows
-from mempool.types import FlatKeySpec, ProductKeySpec, Rounding, StorageDtype, TableSchema, default_rounding
+from mempool.types import (
+    FlatKeySpec,
+    KeySpec,
+    ProductKeySpec,
+    Rounding,
+    StorageDtype,
+    TableSchema,
+    TrainedKeySpec,
+    default_rounding,
+)
 from mempool.types.schema_checks import (
     KEY_RANGES,
-    MAX_PAGE_SLOTS,
-    MAX_PAGES,
     NAME,
     RANGES,
     odd_problem,
     power_of_two_problem,
     schema_problems,
 )
-from mempool.types.sizes import row_page_bytes
+from mempool.types.sizes import default_page_slots
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
-_PAGE_BYTES = 64 * 2**20
-
 # Fields of a schema that follow from the others where nothing is said of them.
 _DERIVED = ("block_dim", "page_slots", "layout", "rounding", "init_std")
-"""Pages are at most so large unless asked for: as much as one round of a move carries."""
 
 _LOCS: dict[tuple[str, ...], Loc] = {
     ("optimizer", "beta1"): ("optimizer", "betas", 0),
     ("optimizer", "beta2"): ("optimizer", "betas", 1),
+    ("keys", "optimizer", "beta1"): ("keys", "optimizer", "betas", 0),
+    ("keys", "optimizer", "beta2"): ("keys", "optimizer", "betas", 1),
 }
 """Where a field of the schema stands in a configuration, where that is not the same."""
 
 
-class ProductKeys(ConfigModel):
+class _Keys(ConfigModel):
+    """What product keys and flat keys have in common."""
+
+    deterministic: Flag = True
+    optimizer: Optimizer | None = None
+
+    @model_validator(mode="after")
+    def _scored_in_order(self) -> Self:
+        if self.optimizer is not None and not self.deterministic:
+            text = (
+                "is of keys that nobody trains here; those with an optimizer are scored in a fixed order. Leave it out"
+            )
+            raise FieldProblem(("deterministic",), False, text)
+        return self
+
+
+class ProductKeys(_Keys):
     """Product keys kept in the pool: per head two codebooks of n half-keys, n * n = num_slots.
 
     Args:
@@ -47,12 +69,13 @@ class ProductKeys(ConfigModel):
         key_dim: Width of a query of one head, even; a half-key is key_dim / 2 wide.
         deterministic: Scores are summed in a fixed order: a query has the same bits alone and in any batch. False takes
             whatever order is fastest; results then agree to rounding.
+        optimizer: What the shards run on the keys at each commit, if they are trained (``Table.score``); None: they
+            are what is written to them.
     """
 
     type: Literal["product"] = "product"
     heads: Annotated[WholeNumber, within(KEY_RANGES["heads"])]
     key_dim: Annotated[WholeNumber, within(KEY_RANGES["key_dim"])]
-    deterministic: Flag = True
 
     @field_validator("key_dim")
     @classmethod
@@ -63,17 +86,17 @@ class ProductKeys(ConfigModel):
         return key_dim
 
 
-class FlatKeys(ConfigModel):
-    """One key per slot, kept beside its value.
+class FlatKeys(_Keys):
+    """One key per slot, kept beside its value; where they are trained, in a table beside this one.
 
     Args:
         key_dim: Width of a key and of a query.
         deterministic: As in ProductKeys, and for any number of shards.
+        optimizer: As in ProductKeys.
     """
 
     type: Literal["flat"] = "flat"
     key_dim: Annotated[WholeNumber, within(KEY_RANGES["key_dim"])]
-    deterministic: Flag = True
 
 
 class TableConfig(ConfigModel):
@@ -146,7 +169,7 @@ def resolve(config: TableConfig) -> TableSchema:
     """The schema a table of this configuration has, with ``table_id`` 0: the pool gives the id."""
     keys = config.keys
     root = math.isqrt(config.num_slots)
-    flat = isinstance(keys, FlatKeys)
+    flat = isinstance(keys, FlatKeys) and keys.optimizer is None
     whole = whole_rows(config.optimizer) is not None
     schema = TableSchema(
         table_id=0,
@@ -166,10 +189,14 @@ def resolve(config: TableConfig) -> TableSchema:
         rounding=config.rounding or default_rounding(config.dtype, master=config.master),
         master=config.master,
     )
-    return schema if config.page_slots else replace(schema, page_slots=_default_page_slots(schema))
+    return schema if config.page_slots else replace(schema, page_slots=default_page_slots(schema))
 
 
-def _key_spec(keys: ProductKeys | FlatKeys | None) -> ProductKeySpec | FlatKeySpec | None:
+def _key_spec(keys: ProductKeys | FlatKeys | None) -> KeySpec | None:
+    if keys is not None and keys.optimizer is not None:
+        heads = keys.heads if isinstance(keys, ProductKeys) else 1
+        optimizer = keys.optimizer.spec()
+        return TrainedKeySpec(key_dim=keys.key_dim, optimizer=optimizer, product=keys.type == "product", heads=heads)
     if isinstance(keys, ProductKeys):
         return ProductKeySpec(heads=keys.heads, key_dim=keys.key_dim, deterministic=keys.deterministic)
     return None if keys is None else FlatKeySpec(key_dim=keys.key_dim, deterministic=keys.deterministic)
@@ -179,21 +206,6 @@ def _default_block_dim(value_dim: int) -> int:
     """An eighth of the value, in steps of 64, at least 64, and never wider than the value."""
     eighth = -(-value_dim // 8)
     return min(value_dim, max(64, -(-eighth // 64) * 64))
-
-
-def _default_page_slots(schema: TableSchema) -> int:
-    """About 64 pages for small tables, so that they spread; large pages for large ones, so that they are few.
-
-    Smaller where rows are wide, so that a page moves soon; larger where there would be too many. schema: Of pages of
-    one slot.
-    """
-    next_power = 1 << (-(-schema.num_slots // 64) - 1).bit_length()
-    page_slots = min(4096, max(16, next_power))
-    while page_slots > 1 and page_slots * row_page_bytes(schema) > _PAGE_BYTES:
-        page_slots //= 2
-    while -(-schema.num_slots // page_slots) * schema.num_blocks > MAX_PAGES and page_slots < MAX_PAGE_SLOTS:
-        page_slots *= 2
-    return page_slots
 
 
 def unsaid(config: TableConfig) -> tuple[str, ...]:

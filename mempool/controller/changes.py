@@ -9,29 +9,28 @@ its name ends it, a failure leaves nothing behind; what a controller that dies l
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
+from mempool.controller.saving.forking import Fork, Forking, forked_view
+from mempool.controller.saving.making import Making, Origin, attached, creation
 from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable, StalePlacement
 from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
-    FlatKeySpec,
-    Ledger,
+    KeySpec,
     Placement,
-    ProductKeySpec,
-    ShardFill,
     ShardInfo,
     ShardStatus,
     TableCreation,
     TableSchema,
     TableSource,
-    TableStatus,
     TableView,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.keys import key_table, key_table_name
 from mempool.types.pool import MAX_PLACED_PAGES, MAX_TABLES, WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
@@ -47,57 +46,13 @@ _MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
 """A table may take the place of one that differs in these: who uses it finds what it knows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where the pages of a table that is restored come from.
-
-    Attributes:
-        source: The checkpoint's table.
-        ledger: Where its history stood.
-        replace: It takes the place of a table of its name.
-        newest_id: Unless that one's id is higher: it was made since this was asked for. 0: whatever its id is.
-    """
-
-    source: TableSource
-    ledger: Ledger
-    replace: bool = False
-    newest_id: int = 0
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Making:
-    """A table that is being made.
-
-    Attributes:
-        schema: As it was asked for, table_id 0.
-        origin: The checkpoint that its pages are read from; None: they get initial values.
-        table_id: The id that it will have.
-        first_id: The one that it was begun with, by which a caller may know it: later tables were heard of since.
-        task: Makes it.
-        view: Where its pages will be, once that is planned; until then it waits for its turn.
-        bytes_of: Bytes that each owner has to fill.
-        asked: A shard was asked to let it answer: it may be made.
-        ended: Why it is to end, where somebody ends it.
-    """
-
-    schema: TableSchema
-    table_id: int
-    origin: "Origin | None" = None
-    first_id: int = 0
-    task: "asyncio.Task[TableView] | None" = None
-    view: TableView | None = None
-    bytes_of: dict[int, int] = field(default_factory=dict)
-    asked: bool = False
-    ended: MempoolError | None = None
-    began_s: float
-
-
 class TableChanges:
     """Creates and drops the tables of one pool.
 
     Args:
         roster: The pool's shards and tables.
         calls, telling: Reach the shards.
+        forking: Has them make a table of another one.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
         clock: Seconds.
@@ -110,6 +65,7 @@ class TableChanges:
         calls: ShardCalls,
         *,
         telling: Telling,
+        forking: Forking,
         changing: asyncio.Lock,
         clock: Clock,
         runner: Runner,
@@ -117,12 +73,13 @@ class TableChanges:
         self._roster = roster
         self._calls = calls
         self._telling = telling
+        self._forking = forking
         self._clock = clock
         self._runner = runner
         self._changing = changing
         self._making: dict[str, Making] = {}
 
-    async def create(self, schema: TableSchema, origin: Origin | None = None) -> TableView:
+    async def create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
         """Make a table, or wait for the one that is being made of the same schema, from the same origin.
 
         Raises:
@@ -133,16 +90,34 @@ class TableChanges:
             MempoolError: A shard could not attach it; it is on none then.
         """
         check_schema(schema)
+        if origin is None:
+            require_no_key_table(schema.name, "made")
+        return await self._create(schema, origin)
+
+    async def _create(
+        self,
+        schema: TableSchema,
+        origin: Origin | Fork | None = None,
+        *,
+        keys: Sequence[tuple[TableSchema, Fork]] = (),
+    ) -> TableView:
+        """keys: That of the keys of a fork."""
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
-            self._require_new(schema, origin)
-            making = self._making[schema.name] = Making(
-                schema=schema, origin=origin, table_id=self._roster.new_table_id(), began_s=self._clock()
-            )
+            asked = [*keys, (schema, origin)]
+            for each in asked:
+                self._require_new(*each)
+            makings = [
+                Making(schema=one, origin=of, table_id=self._roster.new_table_id(), began_s=self._clock())
+                for one, of in asked
+            ]
+            making = makings[-1]
             with calling(Caller()):  # neither its deadline nor its name goes along: others may join in
-                making.task = asyncio.create_task(self._make(making))
-            making.task.add_done_callback(lambda task: self._made(making, task))
+                task = asyncio.create_task(self._make(making, *makings[:-1]))
+            for one_making in makings:
+                one_making.task, self._making[one_making.schema.name] = task, one_making
+            task.add_done_callback(lambda task: self._made(makings, task))
         elif making.schema != schema or making.origin != origin:
             found = differences(making.schema, schema) or ["one of the two is restored, or from elsewhere"]
             raise AlreadyExists(
@@ -160,6 +135,11 @@ class TableChanges:
 
     async def drop(self, name: str, table_id: int) -> None:
         """Drop a table; one that is being made is not made. As ``Controller.drop_table``."""
+        require_no_key_table(name, "dropped")
+        await self._drop(name, table_id)
+        await self._drop_keys(name)
+
+    async def _drop(self, name: str, table_id: int = 0) -> None:
         making = self._making.get(name)
         if making is not None and table_id in (0, making.table_id, making.first_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
@@ -180,6 +160,22 @@ class TableChanges:
             self._roster.forget(found)
             others = [info for info in self._roster.infos if info != told]
             await self._calls.everywhere(others, lambda host: host.drop_table(found), tolerant=True)
+
+    async def _drop_keys(self, name: str) -> None:
+        """Drop the table of the keys of a table that is gone. Where that fails it is left over, and is dropped when a
+        table of that name is made or restored."""
+        keys = key_table_name(name)
+        if keys in self._making or self._roster.find(keys) is not None:
+            try:
+                await self._drop(keys)
+            except MempoolError as error:
+                _LOG.warning("the keys of table %r, which is dropped, are left over: %s", name, error)
+
+    async def drop_left_over(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
+        """Drop keys of tables that are gone, in whose place these are to be."""
+        for schema, _ in tables:
+            if self._roster.complete and schema.name not in self._making and self._roster.find(schema.name) is None:
+                await self._drop_keys(schema.name)
 
     async def _decide_drop(self, view: TableView) -> ShardInfo:
         """Tell one shard that a table is dropped, an owner if one answers: that decides it, for every controller.
@@ -216,7 +212,7 @@ class TableChanges:
         """The tables that are being made, and how far the shards say that they are."""
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
         change = WAITS_FOR_CHANGE if self._roster.complete else WAITS_FOR_SHARDS
-        return tuple(_creation(making, seen, self._clock(), change) for making in self._making.values())
+        return tuple(creation(making, seen, self._clock(), change) for making in self._making.values())
 
     async def _know_all(self, name: str) -> None:
         """Hear of every table that there is, with ``changing`` held. Raises ShardUnavailable where a shard that was not
@@ -239,7 +235,7 @@ class TableChanges:
             if self._roster.complete:  # else it is seen once all shards were heard
                 self._require_none(schema, origin)
 
-    def _require_none(self, schema: TableSchema, origin: Origin | None) -> None:
+    def _require_none(self, schema: TableSchema, origin: Origin | Fork | None) -> None:
         """Raises AlreadyExists where there is a table of that name, in whose place it is not to be."""
         present = self._roster.find(schema.name)
         if present is None:
@@ -250,12 +246,13 @@ class TableChanges:
                     f"table {schema.name!r} was made or restored after this restore was asked for, perhaps by an "
                     f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
                 )
-            _require_alike(present.schema, schema, origin.source)
+            if isinstance(origin, Origin):
+                _require_alike(present.schema, schema, origin.source)
         else:
             found = "; ".join(differences(present.schema, schema))
             remedy = (
                 f"take it with pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
-                if origin is None
+                if not isinstance(origin, Origin)
                 else "say replace=True (--replace) for the place of that one, or another name (name=, --as)"
             )
             raise AlreadyExists(
@@ -263,7 +260,7 @@ class TableChanges:
                 f"{present.schema.dtype}{'; it differs: ' + found if found else ''}); {remedy}"
             )
 
-    def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:
+    def _require_new(self, schema: TableSchema, origin: Origin | Fork | None) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
         if self._roster.complete:  # a shard that was not heard may have been told to drop that one
             self._require_none(schema, origin)
@@ -281,45 +278,106 @@ class TableChanges:
                 f"they may have {MAX_PLACED_PAGES:,}. Give it a larger page_slots or block_dim, or drop a table"
             )
 
-    async def _make(self, making: Making) -> TableView:
-        table_id = making.table_id
+    async def fork(self, schemas: Sequence[tuple[TableSchema, Fork]]) -> TableView:
+        """Make a table, the last of these, as another one is, and that of its keys as that one's: at one moment. Raises
+        as ``create`` does."""
+        (schema, fork), *keys = reversed(schemas)
+        if self._roster.complete and schema.name not in self._making and self._roster.find(schema.name) is None:
+            await self._drop_keys(schema.name)
+        return await self._create(schema, fork, keys=keys)
+
+    async def _make(self, making: Making, *keys: Making) -> TableView:
+        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own, a fork's come
+        with it."""
+        if making.origin is not None:
+            return await self._make_all((*keys, making))
+        name, own = making.schema.name, key_table(making.schema)
+        async with self._changing:
+            await self._know_all(name)
+            self._require_none(making.schema, None)
+        try:
+            await self._drop_keys(name)
+            if own is not None:
+                await self._create(own)
+            return await self._make_all((making,))
+        except BaseException:
+            if self._roster.complete and self._roster.find(name) is None:  # else it may be made all the same
+                await self._drop_keys(name)
+            raise
+
+    async def _make_all(self, makings: Sequence[Making]) -> TableView:
+        """One table; or one that is a fork, the last, and before it that of its keys. Returns the last one's view."""
         infos: tuple[ShardInfo, ...] = ()
+        last = makings[-1]
         try:
             async with self._changing:
-                await self._know_all(making.schema.name)
-                if self._roster.overtaken(table_id):
-                    making.first_id, making.table_id = table_id, self._roster.new_table_id()
-                    table_id = making.table_id
-                schema = replace(making.schema, table_id=table_id)
-                self._require_none(schema, making.origin)
-                infos = self._roster.infos
-                view, making.bytes_of = await self._runner.run(
-                    lambda: first_view(schema, infos, self._roster.controller)
-                )
-                self._roster.unfinished.add(table_id)
-                if making.origin is not None and making.origin.source.checkpoint:
-                    view = self._roster.save(view, making.origin.source, making.origin.ledger.version)
-                making.view = view
-            request = _attached(view, making.origin)
-            await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
-            self._require_same(infos, schema.name)
-            made = AttachTable(view=view, mode="confirm")
-            making.asked = True
-            await self._calls.call(infos[0], lambda host: host.attach_table(made))
-            before = self._roster.find(schema.name)
-            view = self._roster.put(schema, view.placement, saved=view.saved)
-            await self._telling.confirm(view, infos[1:])
-            if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
-                self._roster.dropped.add(before.schema.table_id)
-                gone = before.schema.table_id
-                await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
-            return view
+                for making in makings:
+                    await self._know_all(making.schema.name)
+                    if self._roster.overtaken(making.table_id):
+                        making.first_id, making.table_id = making.table_id, self._roster.new_table_id()
+                    self._require_none(making.schema, making.origin)
+                infos, origin = self._roster.infos, last.origin
+                if isinstance(origin, Fork):
+                    await self._fork(makings, infos)
+                else:
+                    await self._plan(last, origin, infos)
+            if not isinstance(origin, Fork):
+                assert last.view is not None, "it is planned"
+                request = attached(last.view, origin)
+                await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
+            self._require_same(infos, last.schema.name)
+            views = [await self._confirm(making, infos) for making in makings]
+            return views[-1]
         except BaseException:
-            if making.view is not None:
-                await self._unmake(making.view, infos, asked=making.asked)
+            for making in makings:
+                if making.view is not None:
+                    await self._unmake(making.view, infos, asked=making.asked)
             raise
         finally:
-            self._roster.unfinished.discard(table_id)
+            self._roster.unfinished.difference_update(making.table_id for making in makings)
+
+    async def _plan(self, making: Making, origin: Origin | None, infos: tuple[ShardInfo, ...]) -> None:
+        schema = replace(making.schema, table_id=making.table_id)
+        view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos, self._roster.controller))
+        self._roster.unfinished.add(making.table_id)
+        if origin is not None and origin.source.checkpoint:
+            view = self._roster.save(view, origin.source, origin.ledger.version)
+        making.view = view
+
+    async def _confirm(self, making: Making, infos: tuple[ShardInfo, ...]) -> TableView:
+        """All shards have it: one is told that it is made, which decides it, then the others."""
+        view = making.view
+        assert view is not None, "shards have it"
+        made = AttachTable(view=view, mode="confirm")
+        making.asked = True
+        await self._calls.call(infos[0], lambda host: host.attach_table(made))
+        before = self._roster.find(view.schema.name)
+        view = self._roster.put(view.schema, view.placement, saved=view.saved)
+        await self._telling.confirm(view, infos[1:])
+        if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
+            self._roster.dropped.add(before.schema.table_id)
+            gone = before.schema.table_id
+            await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
+        return view
+
+    async def _fork(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> None:
+        """Have all shards hold them, with ``changing`` held: the other tables' pages stay where they are."""
+        await self._telling.require_settled(())
+        forks = []
+        for making in makings:
+            fork = making.origin
+            assert isinstance(fork, Fork), "all of them are"
+            base = self._roster.view(fork.table)
+            if base.schema.table_id != fork.table_id:
+                raise NotFound(f"table {fork.table!r} was dropped, or replaced, before it was forked")
+            schema = replace(making.schema, table_id=making.table_id)
+            view = forked_view(schema, base, infos, self._roster.controller)
+            making.bytes_of = bytes_by_owner(schema, view.placement.owners, view.placement.key_owners)
+            forks.append((view, base))
+        for making, (view, _) in zip(makings, forks, strict=True):
+            making.view = view
+            self._roster.unfinished.add(making.table_id)
+        await self._forking.fork(forks, infos)
 
     async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
         """Leave nothing of a table on any shard. Where one was asked to confirm it, that one says whether it is made:
@@ -340,11 +398,12 @@ class TableChanges:
         self._roster.forget(table_id)
         await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
 
-    def _made(self, making: Making, task: "asyncio.Task[TableView]") -> None:
-        """It is made, or it is not: whoever asked for it may be gone."""
-        del self._making[making.schema.name]
+    def _made(self, makings: Sequence[Making], task: "asyncio.Task[TableView]") -> None:
+        """They are made, or are not: whoever asked for them may be gone."""
+        for making in makings:
+            del self._making[making.schema.name]
         if not task.cancelled() and (error := task.exception()) is not None:
-            _LOG.warning("table %r was not made: %s", making.schema.name, error)
+            _LOG.warning("table %r was not made: %s", makings[-1].schema.name, error)
 
     def _require_same(self, infos: tuple[ShardInfo, ...], table: str) -> None:
         """Raises ShardUnavailable where a shard was started anew since: what it had filled is gone."""
@@ -362,10 +421,14 @@ class TableChanges:
         await asyncio.wait([making.task])
 
 
-def _attached(view: TableView, origin: Origin | None) -> AttachTable:
-    if origin is None:
-        return AttachTable(view=view, mode="initialise", pending=True)
-    return AttachTable(view=view, mode="restore", pending=True, ledger=origin.ledger, source=origin.source)
+def require_no_key_table(name: str, what: str) -> None:
+    """Raises InvalidRequest for the name of a table of keys, which has no life of its own. what: "made", "saved"."""
+    if name.endswith(key_table_name("")):
+        owner = name.removesuffix(key_table_name(""))
+        raise InvalidRequest(
+            f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
+            "was changed."
+        )
 
 
 def first_view(
@@ -400,29 +463,4 @@ def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[s
 
 
 def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, ProductKeySpec | FlatKeySpec) else shown(value)
-
-
-def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:
-    table_id = making.table_id
-    tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
-    return TableCreation(
-        table=making.schema.name,
-        table_id=table_id,
-        waiting_for=change if making.view is None else _preparing(tables),
-        spent_s=now - making.began_s,
-        shards=tuple(
-            # A shard that says nothing of it has not begun.
-            ShardFill(
-                shard=shard,
-                bytes_done=0 if table is None else max(0, making.bytes_of[shard] - table.bytes_to_fill),
-                bytes_total=making.bytes_of[shard],
-            )
-            for shard, table in tables.items()
-        ),
-    )
-
-
-def _preparing(tables: dict[int, TableStatus | None]) -> str:
-    preparing = (f"{table.preparing} on shard {shard}" for shard, table in tables.items() if table and table.preparing)
-    return next(preparing, "")
+    return repr(value) if isinstance(value, KeySpec) else shown(value)

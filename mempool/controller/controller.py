@@ -13,11 +13,14 @@ from mempool.controller.launcher import Launcher
 from mempool.controller.rescaling import Rescaling, check_shards
 from mempool.controller.roster import Roster
 from mempool.controller.saving.checkpointing import Checkpoints
+from mempool.controller.saving.forking import Forking, forks_of
+from mempool.controller.saving.moment import Moments
 from mempool.controller.saving.origin import origins_of
 from mempool.controller.telling import Telling
 from mempool.controller.watching import Watching
 from mempool.types import (
     CheckpointProgress,
+    ForkTable,
     PoolStatus,
     RescaleProgress,
     RestoreTables,
@@ -71,8 +74,10 @@ class Controller:
         self._roster = roster = Roster(controller=address, wall_clock=wall_clock)
         calls = ShardCalls(name, dial)
         telling = Telling(name, roster, calls)
+        moments = Moments(roster=roster, calls=calls, trainer_lease_s=trainer_lease_s, clock=clock)
+        forking = Forking(calls=calls, moments=moments, new_token=new_token)
         self._changes = changes = TableChanges(
-            roster, calls, telling=telling, changing=changing, clock=clock, runner=runner
+            roster, calls, telling=telling, forking=forking, changing=changing, clock=clock, runner=runner
         )
         self._rescaling = rescaling = Rescaling(
             roster,
@@ -94,7 +99,7 @@ class Controller:
             telling=telling,
             changes=changes,
             changing=changing,
-            trainer_lease_s=trainer_lease_s,
+            moments=moments,
             written_by=_written_by(),
             clock=clock,
             runner=runner,
@@ -266,12 +271,25 @@ class Controller:
             MempoolError: As ``create_table``.
         """
         found = await self._runner.run(lambda: origins_of(request), name="mempool-checkpoint")
+        await self._changes.drop_left_over(found)
         self._changes.require_new(found)
         views = await asyncio.gather(*(self._changes.create(*each) for each in found), return_exceptions=True)
         for view in views:
             if isinstance(view, BaseException):
                 raise view
         return tuple(view for view in views if not isinstance(view, BaseException))
+
+    async def fork(self, request: ForkTable) -> TableView:
+        """Make a table that is another one as it is now, with its optimizer state and step count; goes on where the
+        caller does not wait.
+
+        Raises:
+            NotFound: There is no such table, or another one has that name by now.
+            AlreadyExists: There is a table of the new name; or one that is to be replaced is another kind of table.
+            DataLoss: The table has lost pages.
+            InvalidRequest, MempoolError: As ``create_table``.
+        """
+        return await self._changes.fork(forks_of(request, self._roster))
 
     async def close(self) -> None:
         """Stop every shard; what is under way is stopped between two calls."""

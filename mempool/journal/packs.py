@@ -107,14 +107,12 @@ def page_parts(key: bytes, arrays: Sequence[tuple[str, Sequence[Bytes]]]) -> tup
     return parts, sum(map(len, parts))
 
 
-def unpack_page(data: memoryview, key: bytes) -> dict[str, memoryview]:
-    """The arrays of a page, as views, in their order. Raises Damaged."""
+def unpack_page(data: memoryview) -> dict[str, memoryview]:
+    """The arrays of a page, as views, in their order. The key that it lies under is of no interest: it may be that of
+    another one that is the same. Raises Damaged."""
     try:
         key_bytes, num_arrays, said_bytes = _PAGE.unpack_from(data)
-        at = _PAGE.size
-        if data[at : at + key_bytes] != key:
-            raise Damaged(f"the page that lies here is {bytes(data[at : at + key_bytes])!r}")
-        at += key_bytes
+        at = _PAGE.size + key_bytes
         place = _aligned(at + said_bytes)
         arrays = {}
         for _ in range(num_arrays):

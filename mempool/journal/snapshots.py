@@ -5,7 +5,8 @@ manifest has its name, which is last. Who may change pages meanwhile, and what p
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import islice
 from types import TracebackType
@@ -80,15 +81,18 @@ class Snapshots:
         self._begun += 1
         return Snapshot(self, self._begun, after=after)
 
-    def pages(self) -> Iterator[tuple[bytes, dict[str, memoryview]]]:
+    def pages(self, keys: Iterable[bytes] | None = None) -> Iterator[tuple[bytes, dict[str, memoryview]]]:
         """Each page of the newest one with its arrays, as they lie on the disk: in no order of the caller's. Arrays are
         views of memory that the next page may be read into.
+
+        keys: Of those that are wanted, all of the newest one's; None: all.
 
         Raises:
             DataLoss: A page is damaged; file and offset are named.
         """
         if self.newest is not None:
-            yield from self._read(self.newest.pages)
+            pages = self.newest.pages
+            yield from self._read(pages if keys is None else {key: pages[key] for key in keys})
 
     def tidy(self) -> None:
         """Remove what no snapshot needs: manifests first, and durably, so that none is left without its packs.
@@ -116,7 +120,7 @@ class Snapshots:
     def _sparse(self, kept: dict[bytes, Place]) -> set[int]:
         """Packs of which too little is needed still."""
         used = dict.fromkeys(self._sizes, 0)
-        for place in kept.values():
+        for place in set(kept.values()):  # several pages that are the same lie at one
             used[place.pack] += place.num_bytes
         return {pack for pack, num_bytes in used.items() if num_bytes < self._least_used * self._sizes[pack]}
 
@@ -137,7 +141,7 @@ class Snapshots:
                 try:
                     if len(data) < place.num_bytes or xxhash.xxh3_64_intdigest(data) != place.checksum:
                         raise Damaged(f"the checksum of page {key!r} is wrong")
-                    yield key, unpack_page(data, key)
+                    yield key, unpack_page(data)
                 except Damaged as damage:
                     raise lost(file.path, place.offset, str(damage)) from None
         finally:
@@ -172,7 +176,8 @@ class Snapshots:
 class Snapshot:
     """A snapshot that is being written. Left by an exception, or without ``finish``, it was never there.
 
-    The life of it: ``write`` for each page that changed, ``keep`` for each that did not, ``finish``.
+    The life of it: ``write`` for each page that changed, ``keep`` for each that did not, ``same`` for each that another
+    one of them is the same as, ``finish``.
     """
 
     def __init__(self, store: Snapshots, sequence: int, *, after: int) -> None:
@@ -183,6 +188,7 @@ class Snapshot:
         self._end = 0
         self._pages: dict[bytes, Place] = {}
         self._kept: dict[bytes, Place] = {}
+        self._same: dict[bytes, bytes] = {}
 
     def __enter__(self) -> "Snapshot":
         return self
@@ -212,6 +218,13 @@ class Snapshot:
         self._once(key)
         self._pages[key] = self._kept[key] = self._store.newest.pages[key]
 
+    def same(self, key: bytes, other: bytes) -> None:
+        """A page is the same as another one, which is written or kept: it lies there, too. Raises KeyError where that
+        one is neither."""
+        self._once(key)
+        self._pages[key] = self._pages[other]
+        self._same[key] = other
+
     def finish(self, head: bytes) -> Manifest:
         """Make it the newest one, durably; what it does not need goes.
 
@@ -223,10 +236,17 @@ class Snapshot:
         """
         store, files = self._store, self._store._files
         sparse = store._sparse(self._kept)
-        again = {key: place for key, place in self._kept.items() if place.pack in sparse}
-        for key, arrays in store._read(again):
-            self._write(key, *page_parts(key, [(name, [array]) for name, array in arrays.items()]))
-        sizes = {place.pack: store._sizes[place.pack] for key, place in self._kept.items() if key not in again}
+        again: dict[Place, list[bytes]] = defaultdict(list)
+        for key, place in self._kept.items():
+            if place.pack in sparse:
+                again[place].append(key)
+        for key, arrays in store._read({keys[0]: place for place, keys in again.items()}):
+            parts = page_parts(key, [(name, [array]) for name, array in arrays.items()])
+            place = self._kept[key]
+            self._write(key, *parts)
+            self._pages.update(dict.fromkeys(again[place], self._pages[key]))
+        self._pages.update({key: self._pages[other] for key, other in self._same.items()})
+        sizes = {place.pack: store._sizes[place.pack] for place in self._kept.values() if place not in again}
         if self._file is not None:
             self._file.sync()
             sizes[self._sequence] = self._end

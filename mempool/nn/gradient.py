@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mempool.client import Prepared, Table
 from mempool.client.counts import as_number
-from mempool.client.training.tables import prepare_tables
+from mempool.client.training.tables import discard_tables, prepare_tables
 from mempool.errors import InvalidRequest
 
 _SCALING = frozenset(
@@ -127,7 +127,7 @@ class TableGradient(nn.Parameter):
     def grad(self, scaled_norm: Tensor | None) -> None:
         if scaled_norm is None:
             self._forget()
-            self.table.discard()
+            discard_tables([self.table.link])
         elif self.grad is not None:
             self._scaled_norm = TableNorm.of(scaled_norm.to(dtype=torch.float64, device="cpu"), self)
         else:
@@ -193,7 +193,8 @@ class TableGradient(nn.Parameter):
                 " parameter's grad again"
             )
         if order not in self._other_norms:
-            prepared = self.table.prepare(norm_order=order)
+            self.table.link.drop_zeroed()
+            (prepared,) = prepare_tables([self.table.link], norm_order=order)
             assert prepared is not None, "it is pending"
             self._other_norms[order] = prepared.norm if prepared.finite else math.inf
         return self._other_norms[order] * abs(self.scale)

@@ -8,7 +8,7 @@ Shape legend: B bags (tokens), H heads, K top-k, D key dim, N half-keys of a cod
 
 import copy
 import math
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,20 @@ from mempool.nn.sizes import (
     checked_dropout,
     checked_int,
     checked_key_dim,
+    checked_keys,
+    checked_pool_keys,
     checked_std,
     checked_table,
     checked_topk,
     codebook_size,
 )
-from mempool.nn.values import LayerLink, has_mark, values_parameter
+from mempool.nn.values import LayerLink, follows, key_link, values_parameter
 
 _VERSION = "table_version"
+_STAND_INS = ("values", "pool_keys")
+"""Parameters that stand for what is in the pool: no part of a state."""
+_OF_THIS_ONE = ("_link", "_key_link", "_copied", "last_lookup")
+"""What a copy has of its own."""
 
 Output = Tensor | PendingMemory
 
@@ -79,21 +85,28 @@ class MemoryLayer(nn.Module):
 
     Attributes:
         query: Linear(dim, heads * key_dim).
-        half_keys: Parameter [heads, 2, n, key_dim / 2], n * n = slots of the table. Also readable as ``keys``.
+        half_keys: Parameter [heads, 2, n, key_dim / 2], n * n = slots of the table. Also readable as ``keys``. With
+            keys="pool" None.
         gate: Linear(dim, value_dim); None with gate="none".
         out: Linear(value_dim, out_dim); None where nothing needs projecting.
         gating: Linear(dim, 1) with mem_gated; else None.
         values: Parameter [1], see above.
+        pool_keys: With keys="pool" a Parameter [1] that stands for the keys of the pool as ``values`` does for its
+            values; else None.
         table: The table, shared by reference.
         keep_lookup: Set it to have each call's lookup kept, detached, in ``last_lookup``.
         last_lookup: ``MemoryLookup`` or None.
 
     Args:
         dim: Width of the input.
-        table: A table whose number of slots is a square.
-        heads: Queries per token, each with keys of its own.
+        table: A table whose number of slots is a square; of any number of slots where it trains flat keys.
+        keys: "model": half-keys are parameters of the layer. "pool": the table trains them (it was made with
+            ``ProductKeys(..., optimizer=...)`` or ``FlatKeys``): the layer sends queries and has no keys; the same
+            training by ``PoolOptimizer``. Each call and each backward pass take a round trip more. A graph break under
+            ``torch.compile``.
+        heads: Queries per token, each with keys of its own; None: 4, or as the keys in the pool have.
         topk: Slots per head, at most all of them.
-        key_dim: Width of a query; even.
+        key_dim: Width of a query; even. None: 128, or as the keys in the pool have.
         query: A module from [..., dim] to [..., heads * key_dim], in place of the linear layer.
         query_bias: Give the linear layer ``query`` a bias.
         gate: "silu" for Memory+, "none" for the plain memory layer; or a module from [..., dim] to [..., value_dim] in
@@ -110,7 +123,7 @@ class MemoryLayer(nn.Module):
         query_dropout: Of ``query(x)``.
         value_dropout: Of the output, before ``gating``.
         mem_gated: Multiply the output with the sigmoid of a learned number per token.
-        key_init_std: Keys start as N(0, key_init_std^2); 1 / sqrt(key_dim) if None.
+        key_init_std: Keys in the model start as N(0, key_init_std^2); 1 / sqrt(key_dim) if None.
         deterministic: Sum scores in a fixed order, so that a query finds the same slots alone and in any batch. Costs
             nothing on a CPU; False lets a GPU use its tensor cores.
         overlap: A call answers ``start(x)``, of which ``result()`` is the output: for a block of yours that computes
@@ -130,15 +143,18 @@ class MemoryLayer(nn.Module):
     out: nn.Module | None
     gating: nn.Module | None
     values: nn.Parameter
+    half_keys: nn.Parameter | None
+    pool_keys: nn.Parameter | None
 
     def __init__(
         self,
         dim: int,
         *,
         table: Table,
-        heads: int = 4,
+        keys: Literal["model", "pool"] = "model",
+        heads: int | None = None,
         topk: int = 32,
-        key_dim: int = 128,
+        key_dim: int | None = None,
         query: nn.Module | None = None,
         query_bias: bool = True,
         gate: Gate | nn.Module = "silu",
@@ -161,9 +177,15 @@ class MemoryLayer(nn.Module):
         schema = checked_table(table).schema
         self.dim = checked_int("dim", dim)
         self.out_dim = self.dim if out_dim is None else checked_int("out_dim", out_dim)
-        self.heads = checked_int("heads", heads)
+        pool_keys = None
+        if checked_keys(keys) == "pool":
+            of_model = {"qk_norm": qk_norm, "key_init_std": key_init_std, "deterministic": not deterministic}
+            pool_keys = checked_pool_keys(table, heads, key_dim, **of_model)
+            heads, key_dim = pool_keys.heads, pool_keys.key_dim
+        product = pool_keys is None or pool_keys.product
+        self.heads = checked_int("heads", 4 if heads is None else heads)
         self.topk = checked_topk(topk, num_slots=schema.num_slots)
-        self.key_dim = checked_key_dim(key_dim)
+        self.key_dim = checked_key_dim(128 if key_dim is None else key_dim, halves=product)
         self.scores = checked_scores(scores)
         self.input_dropout = checked_dropout("input_dropout", input_dropout)
         self.query_dropout = checked_dropout("query_dropout", query_dropout)
@@ -176,35 +198,38 @@ class MemoryLayer(nn.Module):
         self.deterministic = deterministic
         self.overlap = overlap
         self.table = table
-        self.codebook_size = codebook_size(schema.name, schema.num_slots)
+        self.codebook_size = codebook_size(schema.name, schema.num_slots) if product else 0
         self.keep_lookup = False
         self.last_lookup: MemoryLookup | None = None
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         width = self.heads * self.key_dim
         self.query = nn.Linear(self.dim, width, bias=query_bias, **made) if query is None else query
-        half_keys = torch.empty(self.heads, 2, self.codebook_size, self.key_dim // 2, **made)
-        self.half_keys = nn.Parameter(half_keys)
+        shape = (self.heads, 2, self.codebook_size, self.key_dim // 2)
+        self.half_keys = nn.Parameter(torch.empty(shape, **made)) if pool_keys is None else None
         self.gate = gate_part(gate, self.dim, schema.value_dim, made)
         self.out = out_part(out, schema.value_dim, self.out_dim, made, gated=self.gate is not None)
         self.gating = nn.Linear(self.dim, 1, **made) if mem_gated else None
         self.values = values_parameter(**made)
+        self.pool_keys = None if pool_keys is None else values_parameter(**made)
         self._link = LayerLink(table, self.values)
+        self._key_link = key_link(self.table, self.pool_keys)
         self._copied: CopyCaution | None = None
         self.reset_parameters()
 
     @property
     def keys(self) -> Tensor:
-        """``half_keys``."""
-        return self.half_keys
+        """``half_keys``; with keys="pool" as they are there now, read."""
+        return self.scoring_keys() if self.half_keys is None else self.half_keys
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter("half_keys" if name == "keys" else name, param)
-        if name == "values" and "_link" in self.__dict__:
+        if name in ("values", "pool_keys") and "_key_link" in self.__dict__:
             self.follow_values()
 
     def reset_parameters(self) -> None:
         """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
-        nn.init.normal_(self.half_keys, std=self.key_init_std)
+        if self.half_keys is not None:
+            nn.init.normal_(self.half_keys, std=self.key_init_std)
 
     def forward(self, x: Tensor, *, return_lookup: bool = False) -> Output | tuple[Output, MemoryLookup]:
         """Look up every token of ``x``.
@@ -290,7 +315,7 @@ class MemoryLayer(nn.Module):
         refuse_export(self.table.name)
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise InvalidRequest(f"this layer takes [..., {self.dim}], got {list(x.shape)}")
-        if x.is_meta or self.half_keys.is_meta:
+        if x.is_meta or (self.values if self.half_keys is None else self.half_keys).is_meta:
             raise InvalidRequest(
                 f"this layer of table {self.table.name!r} or its input is on the meta device, without data to look up:"
                 " give it data first (to_empty and load_state_dict)"
@@ -336,14 +361,21 @@ class MemoryLayer(nn.Module):
         return unit_rms(queries) if self.query_norm else queries
 
     def scoring_keys(self) -> Tensor:
-        """The keys as they are scored: [heads, 2, n, key_dim / 2] float32, normalised with qk_norm."""
+        """The keys as they are scored: [heads, 2, n, key_dim / 2] float32, normalised with qk_norm; flat keys [slots,
+        key_dim]."""
+        if self.half_keys is None:
+            return self.table.read_keys()
         keys = self.half_keys.float()
         return unit_rms(keys) if self.qk_norm else keys
 
     def _chosen(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast."""
+        queries = queries.reshape(-1, self.heads, self.key_dim)
+        if self._key_link is not None:
+            ids_BHK, scores_BHK = self._key_link.chosen(queries, self.topk, anchor=self.pool_keys)
+            return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)
         scores_BHK, ids_BHK = product_topk(
-            queries.reshape(-1, self.heads, self.key_dim),
+            queries,
             self.scoring_keys(),
             topk=self.topk,
             stride=self.table.schema.stride,
@@ -401,18 +433,26 @@ class MemoryLayer(nn.Module):
 
     def use_table(self, table: Table) -> None:
         """Look up in this one from now on: the layer's own at a version, or its own again."""
-        self._link.end()
-        self.table, self._link = table, LayerLink(table, self.values)
+        before, keys = (self._link, self._key_link), key_link(table, self.pool_keys)
+        self.table, self._link, self._key_link = table, LayerLink(table, self.values), keys
+        for link in before:
+            if link is not None:
+                link.end()
 
     def follow_values(self) -> None:
-        """Another parameter may have come in the place of ``values``, as by ``fully_shard``, or into it."""
-        if (self.values is not self._link.parameter or self._link.lost) and has_mark(self.values):
+        """Another parameter may have come in the place of ``values`` (or ``pool_keys``), as by ``fully_shard``, or into
+        it."""
+        if follows(self._link, self.values):
             self._link.end()
             self._link = LayerLink(self.table, self.values)
+        if self._key_link is not None and follows(self._key_link, self.pool_keys):
+            self._key_link.end()
+            self._key_link = key_link(self.table, self.pool_keys)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + "values", None)
+        for name in _STAND_INS:
+            destination.pop(prefix + name, None)
         # Among what torch keeps of modules beside their tensors, so that nobody meets a key that is no tensor.
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
@@ -425,7 +465,7 @@ class MemoryLayer(nn.Module):
             state_dict.setdefault(prefix + "half_keys", state_dict.pop(prefix + "keys"))
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *lists)
-        missing_keys += [name for name in missing if name != prefix + "values"]
+        missing_keys += [name for name in missing if name.removeprefix(prefix) not in _STAND_INS]
         self.table.link.expect(copied_version(local_metadata.get(_VERSION)), whose="a model")
 
     def __copy__(self) -> Self:
@@ -436,9 +476,9 @@ class MemoryLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        state = {name: part for name, part in self.__dict__.items() if name not in ("_link", "_copied", "last_lookup")}
+        state = {name: part for name, part in self.__dict__.items() if name not in _OF_THIS_ONE}
         clone.__dict__.update(copy.deepcopy(state, memo), last_lookup=None)
-        clone._link = LayerLink(self.table, clone.values)
+        clone._link, clone._key_link = LayerLink(self.table, clone.values), key_link(self.table, clone.pool_keys)
         clone._copied = CopyCaution(clone, self.table.name)
         return clone
 

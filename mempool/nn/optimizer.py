@@ -20,7 +20,7 @@ from mempool.client.counts import as_number
 from mempool.client.training.tables import TableCommit, commit_tables, discard_tables
 from mempool.errors import InvalidRequest, MempoolError, RankLost
 from mempool.nn.gradient import TableGradient
-from mempool.nn.tables import tables_of, values_of
+from mempool.nn.tables import keys_of, tables_of, values_of
 
 Tables = nn.Module | Table | Iterable[Table | Mapping[str, Any]]
 
@@ -34,6 +34,9 @@ class PoolOptimizer(torch.optim.Optimizer):
     ``GradScaler`` skips is discarded at once: ``scaler.step(memory_optimizer)`` and ``step(grad_scaler=scaler)`` are
     the same, and the next step trains on. (Trainers that clip by themselves take this for a fused optimizer and refuse
     to clip under a scaler: use ``max_norm``.)
+
+    Keys that a table trains in the pool are a table of their own, ``table.keys``, and have a group of their own after
+    those of the tables, of the step of all: with the learning rate of their optimizer, if ``lr`` is None.
 
     A group holds ``lr``, which every LR scheduler may change (those that also cycle momentum must be told not to:
     ``OneCycleLR(..., cycle_momentum=False)``), ``table``, the table's name, and ``params``: one ``TableGradient``, so
@@ -94,7 +97,7 @@ class PoolOptimizer(torch.optim.Optimizer):
         self._max_norm = None if max_norm is None else float(max_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take one more table: ``{"table": table}``, with an ``lr`` of its own if wanted.
+        """Take one more table: ``{"table": table}``, with an ``lr`` of its own if wanted; or ``table.keys``.
 
         Raises:
             InvalidRequest: The table has a group already, or the group or its lr makes no sense.
@@ -309,7 +312,7 @@ def _groups(tables: Tables) -> list[dict[str, Any]]:
             )
         return [{"table": table, "values": values_of(tables, table)} for table in found]
     if isinstance(tables, Table):
-        return [{"table": tables}]
+        tables = [tables]
     if not isinstance(tables, Iterable):
         raise InvalidRequest(
             f"PoolOptimizer was given {tables!r}; give it a model with memory layers, a table, or a list of tables"
@@ -317,7 +320,8 @@ def _groups(tables: Tables) -> list[dict[str, Any]]:
     groups = [dict(item) if isinstance(item, Mapping) else {"table": item} for item in tables]
     if not groups:
         raise InvalidRequest("PoolOptimizer was given no table")
-    return groups
+    named = [group["table"] for group in groups if isinstance(group.get("table"), Table)]
+    return groups + [{"table": keys} for keys in keys_of(named) if not any(keys is each for each in named)]
 
 
 def _checked_lr(lr: Any, table: str) -> float:

@@ -5,6 +5,7 @@ import math
 from mempool.client import Table
 from mempool.client.counts import as_count, as_number
 from mempool.errors import InvalidRequest
+from mempool.types import TrainedKeySpec
 
 
 def checked_int(name: str, number: object, *, at_least: int = 1) -> int:
@@ -17,10 +18,10 @@ def checked_int(name: str, number: object, *, at_least: int = 1) -> int:
     return value
 
 
-def checked_key_dim(key_dim: object) -> int:
-    """Raises InvalidRequest where a query has no two halves."""
-    value = checked_int("key_dim", key_dim, at_least=2)
-    if value % 2:
+def checked_key_dim(key_dim: object, *, halves: bool = True) -> int:
+    """Raises InvalidRequest where a query has no two halves, if it has to have them."""
+    value = checked_int("key_dim", key_dim, at_least=1 + halves)
+    if halves and value % 2:
         raise InvalidRequest(f"key_dim must be even and at least 2 (two halves), got {value}")
     return value
 
@@ -55,6 +56,40 @@ def checked_table(table: object) -> Table:
         return table
     how = f"pool.table({table!r})" if isinstance(table, str) else "pool.table(name) or pool.create_table(...)"
     raise InvalidRequest(f"table = {table!r} is no table of a pool: give {how}")
+
+
+def checked_keys(keys: object) -> str:
+    """Raises InvalidRequest for what says of no place where they are."""
+    if keys not in ("model", "pool"):
+        raise InvalidRequest(f'keys = {keys!r}: must be "model", where they are parameters of the layer, or "pool"')
+    return str(keys)
+
+
+def checked_pool_keys(table: Table, heads: int | None, key_dim: int | None, **others: object) -> TrainedKeySpec:
+    """What a table says of the keys that it trains, where a layer has none of its own.
+
+    Args:
+        heads, key_dim: As the layer was given them; None: as the table has them.
+        others: By name what the layer was given that is of keys in the model alone; None and False where it was not.
+
+    Raises:
+        InvalidRequest: The table trains none, or others than the layer asks for.
+    """
+    keys = table.schema.keys
+    if not isinstance(keys, TrainedKeySpec):
+        raise InvalidRequest(
+            f'keys = "pool", and table {table.name!r} trains no keys: make it with keys=mempool.ProductKeys(...,'
+            ' optimizer=...), or leave the keys in the model (keys="model")'
+        )
+    for name, asked in (("heads", heads), ("key_dim", key_dim)):
+        if asked is not None and asked != getattr(keys, name):
+            raise InvalidRequest(
+                f"{name} = {asked!r}, and the keys of table {table.name!r} have {name} = {getattr(keys, name)}: they"
+                " are the pool's, so leave it out"
+            )
+    if wrong := [name for name, given in others.items() if given is not None and given is not False]:
+        raise InvalidRequest(f'{wrong[0]} is of keys in the model, and with keys = "pool" there are none; leave it out')
+    return keys
 
 
 def codebook_size(name: str, num_slots: int) -> int:

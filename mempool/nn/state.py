@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mempool.client import Pool, Table
 from mempool.errors import InvalidRequest, MempoolError, NotFound
+from mempool.types.keys import key_table_name
 
 T = TypeVar("T")
 
@@ -114,7 +115,7 @@ class PoolState:
         keep = self._keep if self._saved_before else None
         taken = self._pool.checkpoint(self._place, tables=self._tables, keep=keep)
         self._saved_before = True
-        versions = {each.table: each.version for each in taken.tables}
+        versions = {each.table: each.version for each in taken.tables if not each.table.endswith(key_table_name(""))}
         return {"place": taken.url, "checkpoint": taken.name, "tables": json.dumps(versions)}
 
     def _restore(self, name: str, tables: list[str], saved_at: str) -> list[str]:

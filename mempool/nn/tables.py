@@ -1,7 +1,7 @@
 """The tables that a model holds, wherever it holds them: attributes, lists, dicts, dataclasses."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ _MAX_ENTRIES = 10_000
 
 
 def tables_of(model: nn.Module) -> list[Table]:
-    """Each table once, in the order of the model's modules and of their attributes."""
+    """Each table once, in the order of the model's modules and of their attributes; then the keys that they train."""
     found: dict[int, Table] = {}
     seen = {id(module) for module in model.modules()}
     for module in model.modules():
@@ -26,7 +26,14 @@ def tables_of(model: nn.Module) -> list[Table]:
         for part in vars(module).values():
             for table in _tables_in(part, seen, _MAX_DEPTH):
                 found[id(table)] = table
+    for keys in keys_of(list(found.values())):
+        found.setdefault(id(keys), keys)
     return list(found.values())
+
+
+def keys_of(tables: Sequence[Table]) -> list[Table]:
+    """The keys that tables train in the pool; none of those that are read at a version."""
+    return [table.keys for table in tables if table.trains_keys and not isinstance(table, TableAt)]
 
 
 @contextmanager
@@ -62,11 +69,14 @@ def reading(model: nn.Module, *versions: TableAt) -> Iterator[None]:
 
 
 def values_of(model: nn.Module, table: Table) -> list[nn.Parameter]:
-    """The parameters by which the model's layers stand for the table's values; not those that FSDP manages."""
-    layers = [module for module in model.modules() if isinstance(module, MemoryLayer) and module.table is table]
+    """The parameters by which the model's layers stand for the table's values, or for its rows where they are another
+    one's keys; not those that FSDP manages."""
+    layers = [module for module in model.modules() if isinstance(module, MemoryLayer)]
     for layer in layers:
         layer.follow_values()
-    return [layer.values for layer in layers if type(layer.values) is nn.Parameter]
+    found = [layer.values for layer in layers if layer.table is table]
+    found += [layer.pool_keys for layer in layers if layer.pool_keys is not None and layer.table.keys is table]
+    return [parameter for parameter in found if type(parameter) is nn.Parameter]
 
 
 def _tables_in(part: Any, seen: set[int], depth: int) -> Iterator[Table]:

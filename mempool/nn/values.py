@@ -1,4 +1,4 @@
-"""The parameter of a layer that stands for its table's values: to freeze them by, and to zero their gradient by."""
+"""Parameters of a layer that stand for its table's values, or keys: to freeze and to zero them by."""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Mark
 from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import LookupRecord
+from mempool.types import TrainedKeySpec
 from mempool.types.bags import Bags
 
 
@@ -89,3 +90,42 @@ class LayerLink:
         """Another parameter stands for the values from now on; graphs that hold this link go on."""
         if self._mark is not None:
             self._mark.end()
+
+
+class KeyLink(LayerLink):
+    """The keys that a table trains in the pool, as one layer uses them.
+
+    Args:
+        table: The table; its keys' is ``table.keys``.
+        parameter: The layer's that stands for the keys.
+    """
+
+    def __init__(self, table: Table, parameter: nn.Parameter) -> None:
+        super().__init__(table.keys, parameter)
+        self._table = table
+
+    def chosen(self, queries_BHD: Tensor, topk: int, *, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Slot ids [B, H, K] int64 and their scores float32, differentiable in queries and keys.
+
+        Args:
+            queries_BHD: Float32; H is 1 with flat keys.
+            anchor: The parameter, as the layer has it during its call.
+        """
+        assert anchor is not None, "a layer whose keys are the pool's has it"
+        table, keys = self._table, self._table.schema.keys
+        product = isinstance(keys, TrainedKeySpec) and keys.product
+        queries = queries_BHD if product else queries_BHD.squeeze(1)
+        trained = anchor.requires_grad and table.keys.requires_grad
+        ids, scores = table.scored_by(self, queries, topk, anchor=anchor, trained=trained)
+        shape = (*queries_BHD.shape[:2], topk)
+        return ids.view(shape), scores.view(shape)
+
+
+def key_link(table: Table, parameter: nn.Parameter | None) -> KeyLink | None:
+    """None of a layer that has keys of its own, and no such parameter."""
+    return None if parameter is None else KeyLink(table, parameter)
+
+
+def follows(link: LayerLink, parameter: nn.Parameter | None) -> bool:
+    """Whether another parameter, with a mark, has come in the place of a link's; or into it."""
+    return parameter is not None and (parameter is not link.parameter or link.lost) and has_mark(parameter)

@@ -10,6 +10,7 @@ from mempool.controller.moves.wanted import unfinished as as_wanted
 from mempool.errors import InvalidRequest
 from mempool.rayhost.state.records import read_record, write_record
 from mempool.types import PoolStatus, RescaleProgress
+from mempool.types.keys import is_key_table, key_table
 
 if TYPE_CHECKING:
     from mempool.wire.channels.tls import ClientTls
@@ -89,7 +90,9 @@ def apply(
                 f"pool {status.name!r} is on its way to {status.wanted_shards} shards; wait for it (see mempool "
                 "status), then apply again"
             )
-        require_fit(status, changes.shards_after, [resolve(table) for table in changes.create])
+        schemas = [resolve(table) for table in changes.create]
+        keys = (key_table(schema) for schema in schemas)
+        require_fit(status, changes.shards_after, [*schemas, *(each for each in keys if each is not None)])
         if changes.rescale:
             before, after = changes.shards_before, changes.shards_after
             say(
@@ -118,8 +121,9 @@ def still_to_create(
     if not status.tables:
         return config.tables
     storage = config.shard.storage
-    names = ", ".join(sorted(view.schema.name for view in status.tables)[:_NAMED])
-    more = f", and {len(status.tables) - _NAMED:,} more" if len(status.tables) > _NAMED else ""
+    there = sorted(view.schema.name for view in status.tables if not is_key_table(view.schema))
+    names = ", ".join(there[:_NAMED])
+    more = f", and {len(there) - _NAMED:,} more" if len(there) > _NAMED else ""
     say(f"brought back from {'' if storage is None else storage.path}: {names}{more}")
     if lost := _lost_shards(status):
         say(

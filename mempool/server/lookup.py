@@ -6,7 +6,8 @@ The router does the work, on the IO loop; calls of other shards are leaf calls (
 import torch
 
 from mempool.client import Router
-from mempool.client.lookup import checked_queries, checked_topk
+from mempool.client.keys.layout import KeyLayout
+from mempool.client.lookup import checked_queries, checked_topk, has_flat_keys
 from mempool.errors import RequestTooLarge
 from mempool.types import FlatKeySpec, ShardInfo, Stamp, TableView
 from mempool.wire.channels.channel import MAX_ANSWER_BYTES
@@ -46,9 +47,9 @@ class LookupCoordinator:
         view = await self._router.open(request.table)
         schema = view.schema
         queries = request.queries
-        if queries.dim() == 3 and queries.shape[1] == 1 and schema.num_key_pages == 0:
+        if queries.dim() == 3 and queries.shape[1] == 1 and (schema.keys is None or has_flat_keys(schema)):
             queries = queries.squeeze(1)  # flat keys have no heads
-        elif queries.dim() == 2 and schema.num_key_pages == 1:
+        elif queries.dim() == 2 and getattr(schema.keys, "heads", 0) == 1 and not has_flat_keys(schema):
             queries = queries.unsqueeze(1)
         queries = checked_queries(queries, schema=schema)
         topk = checked_topk(request.topk, schema=schema)
@@ -77,8 +78,11 @@ class LookupCoordinator:
         """Shards size their own answers; this one has the scores of all heads, their weights and the values too."""
         num_bags, heads, _ = queries.shape
         num_bytes = num_bags * (heads * topk * _FOUND_BYTES + view.schema.value_dim * itemsize) + _ENVELOPE_BYTES
-        if isinstance(view.schema.keys, FlatKeySpec):  # whose best every shard answers, and they meet here
-            num_bytes = max(num_bytes, num_bags * topk * _SCORED_BYTES * len(view.shards))
+        layout = KeyLayout.of(view.schema)
+        if layout is not None or isinstance(view.schema.keys, FlatKeySpec):
+            # Every shard answers its best, and they meet here.
+            found = topk if layout is None else layout.sections * layout.candidates(topk)
+            num_bytes = max(num_bytes, num_bags * found * _SCORED_BYTES * len(view.shards))
         if num_bytes > self._max_answer_bytes:
             raise RequestTooLarge(
                 f"a lookup of {num_bags:,} queries in {heads} heads with topk = {topk:,} takes "

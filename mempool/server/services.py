@@ -149,7 +149,12 @@ class Services:
                 view = told.view(request.known)
             told.tell(view)
             attached = AttachTable(
-                view=view, mode=request.mode, ledger=request.ledger, pending=request.pending, source=request.source
+                view=view,
+                mode=request.mode,
+                ledger=request.ledger,
+                pending=request.pending,
+                source=request.source,
+                fork=request.fork,
             )
             await shard.attach_table(attached)
 
@@ -228,6 +233,7 @@ class Services:
                 self._of(methods.LIST_TABLES, tables),
                 self._of(methods.GET_STATUS, status),
                 self._of(methods.RESTORE, pool.restore),
+                self._of(methods.FORK_TABLE, pool.fork),
                 (methods.RESCALE.name, streaming_handler(methods.RESCALE, pool.rescale, door=self.door)),
                 (methods.REBALANCE.name, streaming_handler(methods.REBALANCE, rebalance, door=self.door)),
                 (methods.CHECKPOINT.name, streaming_handler(methods.CHECKPOINT, pool.checkpoint, door=self.door)),

@@ -9,6 +9,7 @@ from typing import NoReturn
 from mempool.errors import MempoolError, NotFound, PoolUnreachable
 from mempool.types import (
     CheckpointProgress,
+    ForkTable,
     PoolStatus,
     RescaleProgress,
     RestoreTables,
@@ -96,6 +97,9 @@ class ShardViews:
 
     async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
         await self._refuse(f"restore from {request.url!r}")
+
+    async def fork(self, request: ForkTable) -> TableView:
+        await self._refuse(f"fork table {request.table!r}")
 
     async def close(self) -> None:
         """Nothing to give back."""

@@ -345,7 +345,7 @@ class Answers:
             return waits
         with self._stages.measure("copy in"):
             queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
-        self._reserve(12 * queries.shape[0] * (len(table.storage.heads) or 1) * request.topk)
+        self._reserve(12 * queries.shape[0] * max(1, len(table.storage.scored_heads)) * request.topk)
         num_queries = queries_at_once(table.storage, request.topk)
         if queries.shape[0] > num_queries:
             return self._score_in_pieces(request, table, queries, num_queries)
@@ -357,7 +357,7 @@ class Answers:
         self, request: ScoreRequest, table: Read, queries: Tensor, num_queries: int
     ) -> Pieces[ScoreReply]:
         stamp = table.stamp
-        heads = table.storage.heads if table.storage.schema.num_key_pages else (0,)
+        heads = table.storage.scored_heads
         shape = queries.shape[0], len(heads), request.topk
         scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
         for first in range(0, queries.shape[0], num_queries):

@@ -5,6 +5,7 @@ which does the same and knows what to say.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mempool import kernels
 from mempool.observe import Stages
 from mempool.shard.bounds import MAX_LOOKUP_ID, MAX_RELEASED, fits_reply
 from mempool.shard.hosted import HostedTable
+from mempool.shard.reading.arrays import rows_then
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.work.pace import BAG_ROWS, Pace
@@ -51,14 +53,16 @@ class ArrayGathers:
         """The sums of bags; None where ``Answers`` is to be asked, and then nothing has changed.
 
         Raises:
-            As ``Tenancy.fenced``.
+            As ``Tenancy.fenced``; VersionGone.
         """
         if self._sums is None:
             return None
         table = self._tenancy.fenced(asked.envelope)
         storage = table.storage
         rows = storage.array_rows
-        if rows is None or asked.envelope.table_version > table.order.applied or not table.is_settled:
+        if rows is None or (asked.pin and asked.remember):
+            return None
+        if not asked.pin and (asked.envelope.table_version > table.order.applied or not table.is_settled):
             return None
         width, num_pairs, num_bags = storage.width, asked.ids.shape[0], asked.offsets.shape[0] - 1
         row_bytes = 4 * width
@@ -70,16 +74,21 @@ class ArrayGathers:
             or self._pace.is_long(row_bytes * (num_pairs + BAG_ROWS * num_bags))
         ):
             return None
+        began_s, stamp, num_slots = self._pace.clock(), table.stamp, storage.schema.num_slots
+        ids, offsets = asked.ids, asked.offsets
+        if asked.pin:
+            ids, offsets = (ids, offsets) if asked.private else (ids.copy(), offsets.copy())
+            named = ids
+            moment = storage.moments.pins.moment(asked.pin)
+            then = rows_then(storage, moment, ids) if num_pairs else None
+            if then is None:
+                return None
+            rows, ids = then
+            num_slots = max(num_slots, num_pairs)
+            stamp = replace(stamp, table_version=moment.version)
         values = space(num_bags, width)
-        began_s = self._pace.clock()
         read = self._sums(
-            rows,
-            asked.ids,
-            asked.weights,
-            asked.offsets,
-            num_slots=storage.schema.num_slots,
-            private=asked.private,
-            out=values,
+            rows, ids, asked.weights, offsets, num_slots=num_slots, private=asked.private or bool(asked.pin), out=values
         )
         if read is None:
             return None
@@ -94,8 +103,8 @@ class ArrayGathers:
         heat = storage.heat
         heat.calls += 1
         if heat.calls >= heat.due:
-            heat.sample(read[0])
-        return ArrayGathered(table.stamp, storage.blocks, values)
+            heat.sample(named if asked.pin else read[0])
+        return ArrayGathered(stamp, storage.blocks, values)
 
     def reading(self, asked: ArrayGather) -> ArrayGathered | None:
         """As ``gather``, to memory of its own; it may be cut off anywhere."""

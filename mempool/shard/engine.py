@@ -320,7 +320,7 @@ class Engine:
         if request.mode == "restore":
             check_source(request.source)
         table = await self._control("attach_table", self._changes.attach, request)
-        if request.mode == "confirm":
+        if request.mode in ("confirm", "forked"):
             return
         await self._tenancy.prepare(table)
         self._on_loaded()

@@ -14,6 +14,7 @@ from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.turns import Turns
 from mempool.agreement.writes import SeenWrites
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
+from mempool.shard.forks.forked import ForkedPages
 from mempool.shard.pages.restored import RestoredPages
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
@@ -31,7 +32,7 @@ from mempool.shard.parking import (
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
-from mempool.types import AttachTable, DecidedStep, Envelope, Ledger, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types import AttachTable, DecidedStep, Envelope, Ledger, ShardInfo, Stamp, StepId, TableView
 from mempool.types.pool import merged
 from mempool.types.running import Clock
 
@@ -47,12 +48,12 @@ class HostedTable:
         num_bytes: Of its pages: of those that are here or staged, or that initial values are being written to.
             All three are of the last ``measure``; any thread may read them.
         bytes_to_fill: Bytes of initial values that are still to be written; any thread may read it.
-        restored: Where its pages are handed in, of a table that is restored.
+        restored: Where its pages are handed in, of a table that is restored. forked: Likewise, of a fork.
+        fork_of: The id of the table that it was a fork of when it was made; None: of none. It may be gone.
         preparing: What is done before they are written, in words; "" for nothing. Any thread may read and write it.
         order: Of its steps, as far as it is known here.
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
-        rounds: Which move's round holds it frozen.
-        turns: Whose steps a freeze has held off.
+        rounds: Which move's round holds it frozen. turns: Whose steps a freeze has held off.
         writes: Which writes to it were done, and which are over. num_writes: As stamps say.
         order_doubt, step_doubt, round_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
@@ -70,9 +71,9 @@ class HostedTable:
         budget: Budget,
         lease_s: float,
         clock: Clock,
+        base: "HostedTable | None" = None,
     ) -> None:
-        self.info = info
-        self.view = request.view
+        self.info, self.view = info, request.view
         self.ledger = AppliedLedger(request.ledger)
         schema, version, keeper = request.view.schema, self.ledger.version, budget.keeper
         self.storage = Storage(schema, shard=info.shard, device=device, version=version, clock=clock, keeper=keeper)
@@ -89,19 +90,18 @@ class HostedTable:
         self.gate, self.pending, self.lookups = min(request.view.placement.shards), request.pending, 0
         self._clock, self._lease_s = clock, lease_s
         self._filling: Iterator[int] | None = None
-        self._filling_bytes = self.bytes_to_fill = 0
-        self.preparing = ""
-        self._waiting_for_thaw = Waiting()
-        self._waiting_for_rest = Waiting()
-        self._waiting_for_turns = Waiting()
-        self._waiting_for_news = Waiting()
-        restored = RestoredPages(self.staging, request.view.placement, request.ledger or Ledger())
-        self.restored = restored if request.mode == "restore" else None
-        if request.mode in ("initialise", "restore"):
-            self._filling = self.restored or self.storage.initialise(request.view.placement)
-            self._filling_bytes = self.bytes_to_fill = self.storage.initial_bytes(request.view.placement)
+        self._filling_bytes, self.bytes_to_fill, self.preparing = 0, 0, ""
+        self._waiting_for_thaw, self._waiting_for_rest = Waiting(), Waiting()
+        self._waiting_for_turns, self._waiting_for_news = Waiting(), Waiting()
+        placement, ledger = request.view.placement, request.ledger or Ledger()
+        self.restored = RestoredPages(self.staging, placement, ledger) if request.mode == "restore" else None
+        self.fork_of = None if request.fork is None else request.fork.table_id
+        self.forked = None if base is None else ForkedPages(self.storage, base.storage, placement)
+        if request.mode in ("initialise", "restore", "fork"):
+            self._filling = self.restored or self.forked or self.storage.initialise(placement)
+            self._filling_bytes = self.bytes_to_fill = self.storage.initial_bytes(placement)
         elif request.mode == "lost":
-            self.storage.own(request.view.placement)
+            self.storage.own(placement)
             self.storage.lose_all()
         self.pages = self.lost_pages = self.num_bytes = 0
         self.measure()
@@ -145,7 +145,13 @@ class HostedTable:
         if self._filling is not None:
             written = next(self._filling, None)
             if written is None:
-                self._filling, self._filling_bytes, self.bytes_to_fill, self.restored = None, 0, 0, None
+                self._filling, self._filling_bytes, self.bytes_to_fill, self.restored, self.forked = (
+                    None,
+                    0,
+                    0,
+                    None,
+                    None,
+                )
             else:  # what is not done has something left
                 self.bytes_to_fill = max(1, self.bytes_to_fill - written)
         self.measure()
@@ -473,27 +479,6 @@ class HostedTable:
         """Give back what is held, and let those who wait find out."""
         self.updates.clear()
         self.storage.moments.end("the table was dropped")
+        self.storage.close()
         for those in (self._waiting_for_thaw, self._waiting_for_rest, self._waiting_for_turns, self._waiting_for_news):
             those.wake()
-
-    def status(self) -> TableStatus:
-        """The table at a glance; any thread may ask."""
-        return TableStatus(
-            table_id=self.table_id,
-            name=self.view.schema.name,
-            epoch=self.epoch,
-            version=self.ledger.version,
-            pages=self.pages,
-            lost_pages=self.lost_pages,
-            num_bytes=self.num_bytes,
-            updates_held=len(self.updates),
-            updates_applied=self.ledger.updates_applied,
-            lookups=self.lookups,
-            frozen=self.frozen,
-            bytes_to_fill=self.bytes_to_fill,
-            preparing=self.preparing,
-            pending=self.pending,
-            round=self.rounds.token or "",
-            load=self.storage.load,
-            pins=self.storage.moments.status(),
-        )

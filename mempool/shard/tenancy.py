@@ -23,6 +23,7 @@ from mempool.shard.resolving import Decisions
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.optimizers import kernel_needs
+from mempool.shard.work.saying import table_status
 from mempool.types import (
     AttachTable,
     Envelope,
@@ -150,7 +151,7 @@ class Tenancy:
 
     # Tables come and go
 
-    def attach(self, request: AttachTable) -> HostedTable:
+    def attach(self, request: AttachTable, *, base: HostedTable | None = None) -> HostedTable:
         """Make a table known, with nothing in it yet that answers; or let one answer that was pending.
 
         Raises:
@@ -194,6 +195,7 @@ class Tenancy:
             budget=self._budget,
             lease_s=self._held_lease_s,
             clock=self._clock,
+            base=base,
         )
         self._require_memory(table, table.num_bytes)
         self._have_kept(table)
@@ -247,6 +249,8 @@ class Tenancy:
             self.decisions.leave(table)
             table.close()
             self._contexts.drop_table(table_id)
+            for other in self.tables.values():
+                other.measure()  # a fork of it may have what was its memory
 
     def end(self, table_id: int, *, unmade: bool = False) -> None:
         """Drop a table for good: the shard remembers it, refuses it from now on, and says so to controllers.
@@ -453,7 +457,7 @@ class Tenancy:
 
     def status(self, *, stages: Stages, **said: Any) -> ShardStatus:
         """The shard at a glance; said: what others know of it."""
-        tables = tuple(table.status() for _, table in sorted(self.tables.items()))
+        tables = tuple(table_status(table) for _, table in sorted(self.tables.items()))
         budget = self._budget
         return ShardStatus(
             info=self._info,

@@ -21,13 +21,16 @@ from mempool.shard.pages.named_arrays import KEYS, LAST_STEP, SCALES, VALUE_DTYP
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
     GatherRequest,
+    OwnKeySpec,
     ProductKeySpec,
     ReadRowsRequest,
     ScoreRequest,
     TableSchema,
+    TrainedKeySpec,
     UpdateRequest,
 )
 from mempool.types.bags import Bags
+from mempool.types.keys import key_table_name
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
@@ -230,22 +233,29 @@ def check_score(table: Storage, request: ScoreRequest, *, reply_bytes: int | Non
             top-k the keys cannot give.
         RequestTooLarge: The answer would have more than ``reply_bytes``.
     """
-    schema, queries = table.schema, request.queries
-    if schema.keys is None:
+    schema, queries, keys = table.schema, request.queries, table.schema.keys
+    if isinstance(keys, TrainedKeySpec):
+        raise InvalidRequest(
+            f"table {schema.name!r} trains its keys, which are the rows of table {key_table_name(schema.name)!r}: "
+            "score queries against that one"
+        )
+    if keys is None:
         raise InvalidRequest(
             f"table {schema.name!r} has no keys in the pool to score queries against; make it with "
             "keys=mempool.ProductKeys(...) or mempool.FlatKeys(...), or keep the keys in the model"
         )
-    heads = schema.num_key_pages or 1
-    if queries.dim() != 3 or tuple(queries.shape[1:]) != (heads, key_dim(schema)) or queries.dtype != torch.float32:
+    heads, width, most, what = schema.num_key_pages or 1, key_dim(schema), schema.num_slots, "slots"
+    if isinstance(keys, OwnKeySpec):
+        heads, width, most, what = keys.sections, schema.value_dim, keys.rows, "keys of a section"
+    if queries.dim() != 3 or tuple(queries.shape[1:]) != (heads, width) or queries.dtype != torch.float32:
         raise InvalidRequest(
-            f"queries must be [B, {heads}, {key_dim(schema)}] float32 (bags, heads, key_dim), not {_shown(queries)}"
+            f"queries must be [B, {heads}, {width}] float32 (bags, heads, key_dim), not {_shown(queries)}"
         )
-    if not 1 <= request.topk <= schema.num_slots:
+    if not 1 <= request.topk <= most:
         raise InvalidRequest(
-            f"topk = {request.topk} must be 1 to {schema.num_slots}, the number of slots of table {schema.name!r}"
+            f"topk = {request.topk} must be 1 to {most}, the number of {what} of table {schema.name!r}"
         )
-    answered = len(table.heads) if schema.num_key_pages else 1
+    answered = len(table.scored_heads)
     check_reply(
         12 * queries.shape[0] * answered * request.topk,
         reply_bytes,

@@ -131,6 +131,7 @@ class ArrayGather(NamedTuple):
         weights: [L] float32; None: all ones.
         offsets: [B + 1] int64.
         private: Nobody writes to the arrays.
+        pin: As of a ``GatherRequest``.
     """
 
     envelope: Envelope
@@ -141,6 +142,7 @@ class ArrayGather(NamedTuple):
     remember: bool
     release: tuple[int, ...]
     private: bool
+    pin: str = ""
 
 
 class ArrayGathered(NamedTuple):
@@ -351,7 +353,8 @@ class HeartbeatReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
+    """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys, [B,
+    sections, D] of a table of keys.
 
     pin: As of ``GatherRequest``.
     """
@@ -367,7 +370,7 @@ class ScoreReply:
     """Candidates by (score descending, id ascending), before any softmax.
 
     Attributes:
-        heads: The heads answered (product keys: those whose key page is here; flat keys: (0,)).
+        heads: The heads answered (product keys: those whose key page is here; flat keys: (0,); sections).
         scores: [B, len(heads), K] float32; -inf where there are fewer than K.
         ids: [B, len(heads), K] int64; -1 where there are fewer than K.
     """

@@ -170,23 +170,42 @@ class PageHeat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForkPoint:
+    """The table of which another one is a fork, and when.
+
+    Attributes:
+        table_id: The table.
+        token: The round that holds it frozen; "": it is not yet.
+        version: At which it stands still, as its gate has said.
+    """
+
+    table_id: int
+    token: str = ""
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttachTable:
     """Make a table known to a shard. Idempotent for the same table_id and epoch.
 
     Attributes:
         mode: "initialise": give the pages this shard owns in the view their initial values; "empty": it owns none yet
             and will pull them; "lost": it owned pages and has them no more: they answer DataLoss; "confirm": it has
-            them, the table was pending and is made: NotFound where it is not here; "restore": read from ``source``.
+            them, the table was pending and is made: NotFound where it is not here; "restore": read from ``source``;
+            "fork": they are to be those of ``fork``, a table that has them here: get ready; "forked": they are those
+            from now on, as they are there now: StalePlacement where it is not frozen by that round, at that version.
         ledger: Where the table's history stands; None for a new table.
         pending: The table is being made: it answers no client, and is among no views, until it is confirmed.
         source: Of "restore" alone.
+        fork: Of "fork" and "forked"; in a shard's snapshot, the table that it was a fork of when it was made.
     """
 
     view: TableView
-    mode: Literal["initialise", "empty", "lost", "confirm", "restore"]
+    mode: Literal["initialise", "empty", "lost", "confirm", "restore", "fork", "forked"]
     ledger: Ledger | None = None
     pending: bool = False
     source: TableSource | None = None
+    fork: ForkPoint | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

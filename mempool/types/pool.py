@@ -138,6 +138,7 @@ class TableStatus:
     round: Token of the round of a move that holds it frozen; "" where none does.
     load: How many numbers of its values look-ups and updates read and wrote here: of a sample, halved every minute.
     pins: Versions of it that are kept, ascending.
+    shared_bytes: Of num_bytes, what is another table's memory still: a fork's, where neither was written to.
     """
 
     table_id: int
@@ -157,6 +158,7 @@ class TableStatus:
     round: str = ""
     load: float = 0.0
     pins: tuple[PinStatus, ...] = ()
+    shared_bytes: int = 0
 
     @property
     def is_needed(self) -> bool:
@@ -273,6 +275,23 @@ class CheckpointProgress:
     held_s: float
     doing: str
     done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForkTable:
+    """Asks for a table that is another one as it is now.
+
+    Attributes:
+        table, table_id: The one that there is: another may have that name by the time this comes.
+        name: What the new one shall be called.
+        replace, newest_id: As in ``RestoreTables``.
+    """
+
+    table: str
+    table_id: int
+    name: str
+    replace: bool = False
+    newest_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

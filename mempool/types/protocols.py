@@ -50,6 +50,7 @@ from mempool.types.pages import (
 )
 from mempool.types.pool import (
     CheckpointProgress,
+    ForkTable,
     PoolStatus,
     RescaleProgress,
     RestoreTables,
@@ -216,6 +217,9 @@ class PoolApi(Protocol):
 
     async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
         """Make tables of a checkpoint's. Raises AlreadyExists, and as reading a checkpoint does."""
+
+    async def fork(self, request: ForkTable) -> TableView:
+        """Make a table that is another one as it is now. Raises AlreadyExists, NotFound."""
 
     async def status(self) -> PoolStatus: ...
 

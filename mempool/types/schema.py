@@ -69,6 +69,39 @@ class FlatKeySpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedKeySpec:
+    """Keys that are trained in the pool: the rows of a table of their own, ``types.keys.key_table``.
+
+    Attributes:
+        key_dim: Width of a query of one head.
+        optimizer: What the shards run on the keys at each commit.
+        product: Product keys, as of ``ProductKeySpec``; otherwise flat keys.
+        heads: Of product keys; flat keys have 1.
+    """
+
+    key_dim: int
+    optimizer: OptimizerSpec
+    product: bool = False
+    heads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnKeySpec:
+    """The values of the table are keys, of another table: queries are scored against them.
+
+    Attributes:
+        sections: Its slots are so many ranges of equal length, of whole pages; each query is for one of them.
+        rows: The slots of a section that are keys, from its first on; those after them fill its last page up.
+    """
+
+    sections: int
+    rows: int
+
+
+KeySpec = ProductKeySpec | FlatKeySpec | TrainedKeySpec | OwnKeySpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TableSchema:
     """Everything about a table that placement does not change.
 
@@ -96,7 +129,7 @@ class TableSchema:
     stride: int
     layout: Layout
     optimizer: OptimizerSpec
-    keys: ProductKeySpec | FlatKeySpec | None = None
+    keys: KeySpec | None = None
     rounding: Rounding = "nearest"
     master: bool = False
 

@@ -10,21 +10,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from mempool.errors import InvalidRequest
+from mempool.types.keys import key_table, key_table_name
 from mempool.types.schema import (
     Algorithm,
     FlatKeySpec,
     OptimizerSpec,
+    OwnKeySpec,
     ProductKeySpec,
     TableSchema,
+    TrainedKeySpec,
     default_rounding,
 )
-from mempool.types.sizes import key_page_bytes, row_page_bytes
+from mempool.types.sizes import MAX_PAGE_SLOTS, MAX_PAGES, key_page_bytes, row_page_bytes
 
 MAX_BLOCKS = 256
 """Column blocks: a shard works on every block of every row by itself, and plans are made of (shard, block) pairs."""
-MAX_PAGES = 2**20
-"""(row page, block) pages: each costs four bytes in the controller, every shard and client, and in each new view."""
-MAX_PAGE_SLOTS = 2**20
 MAX_PAGE_BYTES = 128 * 2**20
 """A row page, and the keys of a head, move in one message, which has at most 256 MiB."""
 
@@ -133,6 +133,7 @@ def schema_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
         yield from _shape_problems(schema)
         yield from _rounding_problems(schema)
         yield from _norm_problems(schema)
+        yield from _key_table_problems(schema)
 
 
 def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[SchemaProblem]:
@@ -195,7 +196,7 @@ def _nearest(*numbers: int, high: float) -> str:
 
 
 def _field_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
-    if NAME.fullmatch(schema.name) is None:
+    if NAME.fullmatch(_owner(schema)) is None:
         yield SchemaProblem(path=("name",), value=schema.name, text=NAME_TEXT)
     for name, allowed in RANGES.items():
         value = getattr(schema, name)
@@ -206,23 +207,57 @@ def _field_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
             yield SchemaProblem(path=(name,), value=value, text=text)
 
 
+def _owner(schema: TableSchema) -> str:
+    """The name that its user gave it, or gave the table whose keys it has; "" where that is not in its name."""
+    if not isinstance(schema.keys, OwnKeySpec):
+        return schema.name
+    owner, suffix = schema.name[: -len(key_table_name(""))], schema.name[-len(key_table_name("")) :]
+    return owner if suffix == key_table_name("") else ""
+
+
 def _key_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    keys = schema.keys
+    halves = isinstance(keys, ProductKeySpec) or (isinstance(keys, TrainedKeySpec) and keys.product)
     for name, allowed in KEY_RANGES.items():
-        value = getattr(schema.keys, name, None)
+        value = getattr(keys, name, None)
         if value is None:
             continue
         text = allowed.problem(value)
-        if text is None and name == "key_dim" and isinstance(schema.keys, ProductKeySpec):
+        if text is None and name == "key_dim" and halves:
             text = odd_problem(value)
         if text is not None:
             yield SchemaProblem(path=("keys", name), value=value, text=text)
+    if isinstance(keys, TrainedKeySpec):
+        if not keys.product and keys.heads != 1:
+            yield SchemaProblem(path=("keys", "heads"), value=keys.heads, text="must be 1: flat keys have one head")
+        for problem in optimizer_problems(keys.optimizer):
+            yield SchemaProblem(path=("keys", *problem.path), value=problem.value, text=problem.text)
+
+
+def _key_table_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    """Of the table that its keys are in, or, where it is one, of how that is cut."""
+    keys = schema.keys
+    if isinstance(keys, OwnKeySpec):
+        section = schema.num_slots // max(1, keys.sections)
+        whole = keys.sections * section == schema.num_slots and 1 <= keys.rows <= section
+        paged = keys.sections == 1 or section % schema.page_slots == 0
+        if not (keys.sections >= 1 and whole and paged and schema.num_blocks == 1 and schema.dtype == "float32"):
+            text = "cuts no table of keys: float32 values in one column block, in sections of as many whole pages"
+            yield SchemaProblem(path=("keys",), value=keys, text=text)
+        return
+    made = key_table(schema)
+    for problem in () if made is None else schema_problems(made):
+        of_keys = ("keys", *problem.path) if problem.path[0] == "optimizer" else ("keys", "key_dim")
+        text = f"makes a table of keys whose {problem.path[-1]}, {shown(problem.value)}, {problem.text}"
+        yield SchemaProblem(path=of_keys, value=_key_dim(schema), text=text)
 
 
 def _shape_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
     """Of fields that are right by themselves."""
     root = math.isqrt(schema.num_slots)
     square = root * root == schema.num_slots
-    if isinstance(schema.keys, ProductKeySpec) and not square:
+    product = isinstance(schema.keys, TrainedKeySpec) and schema.keys.product
+    if (product or isinstance(schema.keys, ProductKeySpec)) and not square:
         yield SchemaProblem(
             path=("num_slots",),
             value=schema.num_slots,
@@ -311,4 +346,4 @@ def _norm_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
 
 
 def _key_dim(schema: TableSchema) -> int:
-    return schema.keys.key_dim if isinstance(schema.keys, ProductKeySpec | FlatKeySpec) else 0
+    return schema.keys.key_dim if isinstance(schema.keys, ProductKeySpec | FlatKeySpec | TrainedKeySpec) else 0

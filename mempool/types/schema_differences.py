@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 
-from mempool.types.schema import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
+from mempool.types.schema import FlatKeySpec, OptimizerSpec, OwnKeySpec, ProductKeySpec, TableSchema, TrainedKeySpec
 
-_NESTED = (TableSchema, OptimizerSpec, ProductKeySpec, FlatKeySpec)
+_NESTED = (TableSchema, OptimizerSpec, ProductKeySpec, FlatKeySpec, TrainedKeySpec, OwnKeySpec)
 _FOLLOWS = "stride"
 """Of num_slots: nobody asked for it, so it differs from nothing."""
 

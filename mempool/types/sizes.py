@@ -28,6 +28,13 @@ _STATE: dict[Algorithm, tuple[str, ...]] = {
 }
 """What an optimizer keeps in float32: "row_..." per (slot, block), the others per element."""
 
+MAX_PAGES = 2**20
+"""(row page, block) pages: each costs four bytes in the controller, every shard and client, and in each new view."""
+MAX_PAGE_SLOTS = 2**20
+
+_PAGE_BYTES = 64 * 2**20
+"""Pages are at most so large unless asked for: as much as one round of a move carries."""
+
 PAGE_TABLE_BYTES = 12
 """Of every row page of a table, in each arena, whether the page is there or not: where it lies, and when it was last
 written to."""
@@ -70,6 +77,21 @@ def slot_bytes(
 def row_page_bytes(schema: TableSchema) -> int:
     """Bytes of one row page with all its blocks: the most that must travel in one message when it moves."""
     return schema.page_slots * slot_bytes(schema, width=schema.value_dim, blocks=schema.num_blocks, first=1)
+
+
+def default_page_slots(schema: TableSchema) -> int:
+    """About 64 pages for small tables, so that they spread; large pages for large ones, so that they are few.
+
+    Smaller where rows are wide, so that a page moves soon; larger where there would be too many. schema: Of pages of
+    one slot.
+    """
+    next_power = 1 << (-(-schema.num_slots // 64) - 1).bit_length()
+    page_slots = min(4096, max(16, next_power))
+    while page_slots > 1 and page_slots * row_page_bytes(schema) > _PAGE_BYTES:
+        page_slots //= 2
+    while -(-schema.num_slots // page_slots) * schema.num_blocks > MAX_PAGES and page_slots < MAX_PAGE_SLOTS:
+        page_slots *= 2
+    return page_slots
 
 
 def num_pages(schema: TableSchema) -> int:

@@ -28,6 +28,7 @@ from mempool.types.pages import (
 from mempool.types.pool import (
     CheckpointProgress,
     DropTable,
+    ForkTable,
     PoolStatus,
     RescaleProgress,
     RestoreTables,
@@ -175,6 +176,9 @@ CHECKPOINT: Method[TakeCheckpoint, CheckpointProgress] = Method(
 )
 RESTORE: Method[RestoreTables, tuple[TableView, ...]] = Method(
     POOL_SERVICE, "Restore", tables.RESTORE_REQUEST, tables.RESTORE_REPLY
+)
+FORK_TABLE: Method[ForkTable, TableView] = Method(
+    POOL_SERVICE, "ForkTable", tables.FORK_TABLE_REQUEST, tables.FORK_TABLE_REPLY
 )
 GET_STATUS: Method[None, PoolStatus] = Method(
     POOL_SERVICE, "GetStatus", tables.GET_STATUS_REQUEST, tables.GET_STATUS_REPLY

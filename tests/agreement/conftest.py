@@ -1,4 +1,4 @@
-"""Pools to agree with: every test that asks for ``pools`` runs once on each kind of pool in KINDS.
+"""Pools to agree with: every test that asks for ``pools`` runs on each kind of pool in KINDS, all cases on the first.
 
 To add a kind: a context manager ``kind(shards)`` that yields a ``mempool.Pool`` of that many shards.
 """
@@ -13,6 +13,7 @@ import pytest
 import mempool
 from mempool.client import Pool, Table
 from mempool.wire.channels import loop
+from tests.support.kinds import leave_out_repeats, parameter
 from tests.support.serving import served_pool
 
 _START_S = 60.0
@@ -34,6 +35,15 @@ KINDS: dict[str, Callable[[int], AbstractContextManager[Pool]]] = {
     "local": lambda shards: mempool.local(shards=shards, device="cpu"),
     "grpc": _grpc,
 }
+
+
+# What is computed is the same; messages of all dtypes and layouts are the contract's (tests/contract).
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out_repeats(config, items, lambda item: "grpc" if _is_repeated(item) else "")
+
+
+def _is_repeated(item: pytest.Item) -> bool:
+    return parameter(item, "_pools") == "grpc" and item.path.stem != "test_wire_dtypes"
 
 
 class Pools:

@@ -63,6 +63,34 @@ def test_ranks_train_what_one_process_trains(here: GrpcPoolHere, name: str, worl
     assert (trained - alone).norm() <= 1e-5 * alone.norm()
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_keys_in_the_pool_are_trained_by_all_ranks_too(here: GrpcPoolHere, flat: bool) -> None:
+    of_keys = mempool.optim.AdamW(lr=0.05, dense=True)
+    keys = (
+        mempool.FlatKeys(key_dim=8, optimizer=of_keys)
+        if flat
+        else mempool.ProductKeys(heads=2, key_dim=8, optimizer=of_keys)
+    )
+    config = mempool.TableConfig(name="keyed", num_slots=100, value_dim=8, seed=5, keys=keys)
+
+    def train(table: mempool.Table, rank: int, world_size: int) -> None:
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(step)
+            queries = torch.randn(12, *((8,) if flat else (2, 8)), generator=generator)
+            loss = table.lookup(queries.chunk(world_size)[rank], 4).values.square().sum()
+            (loss * world_size).backward()
+            assert table.commit() == 2
+
+    with Ranks(here, [config], world_size=2) as ranks, mempool.local() as alone:
+        ranks.each(lambda rank, pool: train(pool.table("keyed"), rank, 2))
+        ours = ranks.pools[0].table("keyed")
+        table = alone.create_table(config)
+        train(table, 0, 1)
+        for found, expected in ((ours.read_keys(), table.read_keys()), (ours.rows(range(100)), table.rows(range(100)))):
+            assert (found - expected).norm() <= 1e-5 * expected.norm()
+        assert ours.keys.link.version() == ours.link.version() == STEPS
+
+
 def trained(world_size: int, optimizer: object, *, shards: int = 2, during: object = None) -> torch.Tensor:
     here = GrpcPoolHere(shards=shards)
     try:

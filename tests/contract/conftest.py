@@ -24,6 +24,7 @@ from mempool.wire.channels.loop import run
 from mempool.wire.lines.line import can_be_served, supported
 from tests.integration.pools import RayPool
 from tests.support.faulty import FaultyShard
+from tests.support.kinds import leave_out_repeats, parameter
 from tests.support.serving import require_line, served_pool
 
 from .driver import Driver, Hosted
@@ -123,17 +124,20 @@ LINE_MODULES = {
 }
 """What kinds that differ from "grpc" by their transport alone are run against: large bodies, small ones, refusals."""
 
+_ONCE = ("near", "tcp", "ray")
+"""Kinds on which each test runs once, whatever cases it has: they are the shards and the messages of "grpc"."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_left_out(item: pytest.Item) -> bool:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        modules = LINE_MODULES.get(params.get("driver", ""))
+        modules = LINE_MODULES.get(parameter(item, "driver"))
         return modules is not None and item.path.stem not in modules
 
     left_out = [item for item in items if is_left_out(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not is_left_out(item)]
+    leave_out_repeats(config, items, lambda item: kind if (kind := parameter(item, "driver")) in _ONCE else "")
 
 
 _table_ids = itertools.count(1, 16)  # a test may drop its table and make the next

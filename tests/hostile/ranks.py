@@ -5,7 +5,8 @@
 Trains the same twice, once undisturbed and once disturbed, and a third time in one process on the whole batch with
 torch's own optimizers. Prints how far they are apart. Exit 1 where either job is further than 1e-5 from the one
 process, a step was lost or doubled, or the two jobs differ in any bit; but with --rescale, as gradients of weights are
-summed over shards.
+summed over shards, and it comes when it comes. With --rescale-between both jobs wait for it behind the same steps, and
+may not differ.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from tests.integration.pools import RayPool, kill_listener, port_of
 from tests.integration.ranks import OPTIMIZERS, Job, alone, make_table
 
 CLOSE = 1e-5
+_SHARDS = 2
 _RESCALES = (4, 3)
 
 
@@ -32,10 +34,11 @@ def main() -> None:
     parser.add_argument("--shard-kills", type=int, default=5)
     parser.add_argument("--rank-kills", type=int, default=1)
     parser.add_argument("--rescale", action="store_true", help="from 2 shards to 4 and to 3 meanwhile")
+    parser.add_argument("--rescale-between", action="store_true", help="the same, of both jobs, between two steps")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between two steps where it is disturbed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pool = RayPool(Path(folder), name="ranks", shards=2, ray_address="local", trainer_lease_s=4.0)
+        pool = RayPool(Path(folder), name="ranks", shards=_SHARDS, ray_address="local", trainer_lease_s=4.0)
         pool.edit("shard:\n", f'shard:\n  storage: {{"path": "{folder}/disk"}}\n')
         pool.up()
         try:
@@ -67,13 +70,23 @@ def _trained(
     pool: RayPool, folder: Path, options: argparse.Namespace, *, disturbed: bool
 ) -> tuple[Tensor, dict[str, Tensor], float]:
     """The table's first values; its last ones and the dense part's; how long it took."""
+    rescales = {options.steps // 3: _RESCALES[0], 2 * options.steps // 3: _RESCALES[1]}
     with pool.connect() as client:
+        if options.rescale_between:
+            client.rescale(_SHARDS)
         table = make_table(client, options.optimizer)
         everything = torch.arange(table.num_slots)
         initial = table.rows(everything)
         began_s = time.monotonic()
         pause_s = options.pause if disturbed else 0.0
-        job = Job(pool, folder, ranks=options.ranks, steps=options.steps, pause_s=pause_s)
+        job = Job(
+            pool,
+            folder,
+            ranks=options.ranks,
+            steps=options.steps,
+            pause_s=pause_s,
+            rescales=rescales if options.rescale_between else {},
+        )
         try:
             if disturbed:
                 _disturb(pool, job, options)

@@ -35,7 +35,7 @@ def test_a_real_disk_that_fails_and_processes_that_die_lose_nothing(tmp_path: Pa
 
 @needs_strace
 def test_a_shard_that_dies_or_whose_disk_fails_at_any_call_loses_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.hostile.shard_crashes", str(tmp_path), "--every", "400"]
+    command = [sys.executable, "-m", "tests.hostile.shard_crashes", str(tmp_path), "--every", "800"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no violation" in done.stdout

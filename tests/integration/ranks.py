@@ -120,15 +120,25 @@ class Job:
         ranks: How many.
         steps: The last step.
         pause_s: Between two steps, so that something can happen there.
+        rescales: To how many shards, by the step behind which all ranks wait for it.
     """
 
-    def __init__(self, pool: RayPool, folder: Path, *, ranks: int, steps: int, pause_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        pool: RayPool,
+        folder: Path,
+        *,
+        ranks: int,
+        steps: int,
+        pause_s: float = 0.0,
+        rescales: Mapping[int, int] | None = None,
+    ) -> None:
         self._folder = folder
         folder.mkdir()
         self._process = pool.start(
             "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=5",
             "--monitor-interval=0.2", "-m", "tests.integration.ranks", pool.address, str(folder), f"--steps={steps}",
-            f"--pause={pause_s}",
+            f"--pause={pause_s}", *(f"--rescale={step}:{shards}" for step, shards in (rescales or {}).items()),
         )  # fmt: skip
 
     @property
@@ -185,7 +195,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--rescale", action="append", default=[], help="STEP:SHARDS")
     options = parser.parse_args()
+    rescales = dict(map(int, each.split(":")) for each in options.rescale)
     rank, size, restart = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
     # Of each start one of its own: gloo finds addresses of ranks that are gone in one that outlives them.
     store = torch.distributed.FileStore(str(options.folder / f"store-{restart}"), size)
@@ -207,6 +219,11 @@ def main() -> None:
             dense.load_state_dict(state["dense"])
         model = nn.parallel.DistributedDataParallel(net)
         while step < options.steps:
+            if step in rescales:  # again, where the job was killed in it
+                torch.distributed.barrier()
+                if rank == 0:
+                    pool.rescale(rescales[step])
+                torch.distributed.barrier()
             step += 1
             dense.zero_grad()
             loss_of(model, table.gather, step, rank, size).backward()

@@ -69,7 +69,8 @@ def train(
 ) -> None:
     """Step ``step``, from 1: now and then of one table alone, with a norm asked for, or rows written before it.
 
-    on_written: Called when they are, before the step is committed: a killed process may have come that far.
+    on_written: Called when they are, and when its count was set, before the step is committed: a killed process may
+        have come that far.
     persist: Makes every call to the pool.
     """
     random = torch.Generator().manual_seed(step)
@@ -89,6 +90,7 @@ def train(
         persist(partial(prepare_tables, [table.link for table in tables], want_norm=True))
     if step == 9:
         persist(partial(tables[-1].set_step, 100))
+        on_written()
     lr, scale = 0.01 * (1 + step % 3), 1.0 / (1 + step % 2)
     persist(partial(commit_tables, [TableCommit(table.link, lr=lr, grad_scale=scale) for table in tables]))
     for table in every:  # a dense optimizer's bits depend on when rows are read: here, whoever compares them

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mempool.checkpoint.format.tensor_file import TensorEntry
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
+from mempool.types import FlatKeySpec, OwnKeySpec, ProductKeySpec, TableSchema
 
 VALUES = "values"
 SCALES = "values.scales"
@@ -81,23 +81,30 @@ def check_values(layout: FileLayout, schema: TableSchema) -> None:
         )
 
 
-def key_form(keys: TensorEntry, schema: TableSchema) -> KeyForm:
+def key_form(tensor: TensorEntry, schema: TableSchema) -> KeyForm:
     """How the keys of a file lie, by the table that they are for. Raises InvalidRequest where they do not fit it."""
     fitting: list[tuple[KeyForm, tuple[int, ...]]] = []
-    if isinstance(schema.keys, FlatKeySpec):
-        fitting = [("flat", (schema.num_slots, schema.keys.key_dim))]
-    elif isinstance(schema.keys, ProductKeySpec):
-        heads, n, half = schema.keys.heads, math.isqrt(schema.num_slots), schema.keys.key_dim // 2
+    keys, product = schema.keys, (0, 0, 0)
+    if isinstance(keys, FlatKeySpec):
+        fitting = [("flat", (schema.num_slots, keys.key_dim))]
+    elif isinstance(keys, ProductKeySpec):
+        product = (keys.heads, math.isqrt(schema.num_slots), keys.key_dim // 2)
+    elif isinstance(keys, OwnKeySpec) and keys.sections == 1:
+        fitting = [("flat", (keys.rows, schema.value_dim))]
+    elif isinstance(keys, OwnKeySpec):
+        product = (keys.sections // 2, keys.rows, schema.value_dim)
+    heads, n, half = product
+    if heads:
         fitting = [
             ("heads", (heads, 2, n, half)),
             ("stacked", (2 * heads * n, half)),
             ("pairs", (heads, n, 2, half)),
         ]
     for form, shape in fitting:
-        if keys.shape == shape:
+        if tensor.shape == shape:
             return form
     wanted = " or ".join(str(list(shape)) for _, shape in fitting) or "no keys"
-    raise InvalidRequest(f"{_shown([keys])}: table {schema.name!r} takes {wanted}. Make the table with keys that fit")
+    raise InvalidRequest(f"{_shown([tensor])}: table {schema.name!r} takes {wanted}. Make the table with keys that fit")
 
 
 def _found(tensors: Mapping[str, TensorEntry]) -> TensorEntry:

@@ -7,7 +7,7 @@ with TableFile("facts.safetensors", table_entries(schema)) as file:
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mempool.checkpoint.exchange.layouts import FLAT_KEYS, HEAD_KEYS, SCALES, VALUES
+from mempool.checkpoint.exchange.trained_keys import key_entry, key_rows
 from mempool.checkpoint.format.layout import BATCH_BYTES
 from mempool.checkpoint.format.pages import PageArray, Pages
 from mempool.checkpoint.format.schema_json import schema_json
@@ -130,6 +131,7 @@ def export_table(
     table: StoredTable,
     place: str | os.PathLike[str],
     *,
+    keys: StoredTable | None = None,
     state: bool = False,
     batch_bytes: int = BATCH_BYTES,
     progress: Callable[[int, int], None] | None = None,
@@ -139,6 +141,8 @@ def export_table(
     Args:
         table: Of a checkpoint.
         place: The file, a path or an fsspec URL.
+        keys: Of the same checkpoint, the table of the keys that it trains, if it does: they are in the file as keys
+            that nobody trains are.
         state: The optimizer's state too: `values.<state>`, [num_slots, value_dim], or [num_slots, column blocks] where
             it has one number per block.
         batch_bytes: What is in memory together, about.
@@ -152,21 +156,32 @@ def export_table(
     entries = list(table_entries(schema))
     known = {entry.name for entry in entries}
     more = [array for array in table.state.arrays if array.name not in known]
+    trained = None if keys is None else key_entry(keys.state.schema)
+    entries += [] if trained is None else [trained]
     entries += [_state_entry(schema, array) for array in more] if state else []
     every, none = Pages.all(schema), Pages.none(schema)
     rows, heads = Pages(every.row_pages, none.key_pages), Pages(none.row_pages, every.key_pages)
     done, total = 0, sum(entry.num_bytes for entry in entries)
     with TableFile(place, entries, table_metadata(schema, table.state.version)) as file:
         for entry in entries:
-            left = entry.shape[0]
-            pages = heads if entry.name == HEAD_KEYS else rows
-            for batch in table.batches(pages, arrays=(entry.name,), batch_bytes=batch_bytes):
-                some = batch.arrays[entry.name][:left]  # the last page may have slots that the table has not
+            if keys is not None and entry is trained:
+                parts = key_rows(keys, batch_bytes=batch_bytes)
+            else:
+                pages = heads if entry.name == HEAD_KEYS else rows
+                parts = _rows(table, entry, pages, batch_bytes=batch_bytes)
+            for some in parts:
                 file.write(entry.name, some)
-                left -= len(some)
                 done += some.nbytes
                 if progress is not None:
                     progress(done, total)
+
+
+def _rows(table: StoredTable, entry: TensorEntry, pages: Pages, *, batch_bytes: int) -> Iterator[Tensor]:
+    left = entry.shape[0]
+    for batch in table.batches(pages, arrays=(entry.name,), batch_bytes=batch_bytes):
+        some = batch.arrays[entry.name][:left]  # the last page may have slots that the table has not
+        left -= len(some)
+        yield some
 
 
 def _state_entry(schema: TableSchema, array: PageArray) -> TensorEntry:

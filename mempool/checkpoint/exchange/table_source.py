@@ -13,7 +13,8 @@ from mempool.checkpoint.format.json_values import Unfit
 from mempool.checkpoint.format.schema_json import parse_schema
 from mempool.checkpoint.format.tensor_file import TensorEntry
 from mempool.errors import DataLoss, InvalidRequest
-from mempool.types import ProductKeySpec, TableSchema
+from mempool.types import OwnKeySpec, ProductKeySpec, TableSchema
+from mempool.types.keys import is_key_table, key_table
 
 
 class TableSource:
@@ -56,11 +57,13 @@ class TableSource:
             raise DataLoss(f"{self._tensors.where}: the schema of its table is damaged: {error}") from None
 
     def check(self, schema: TableSchema) -> None:
-        """Raises InvalidRequest where a table of this schema cannot take it."""
+        """Raises InvalidRequest where a table of this schema, and that of the keys that it trains, cannot take it."""
+        trained, own = key_table(schema), is_key_table(schema)
         try:
-            check_values(self.layout, schema)
+            if not own:
+                check_values(self.layout, schema)
             if self.layout.keys is not None and schema.keys is not None:
-                key_form(self.layout.keys, schema)
+                key_form(self.layout.keys, trained or schema)
         except InvalidRequest as error:
             raise InvalidRequest(f"{self._tensors.where}: {error}") from None
 
@@ -109,6 +112,33 @@ class TableSource:
             return self._tensors.rows(keys.name, head * 2 * n, 2 * n).float().view(2, n, half)
         one = self._tensors.rows(keys.name, head, 1)[0].float()
         return one.transpose(0, 1).contiguous() if form == "pairs" else one
+
+    def own_keys(self, schema: TableSchema, slots: range) -> Tensor | None:
+        """Rows of a table of keys, [len(slots), width] float32; zeros where they fill a section up. None where the file
+        has no keys. Raises InvalidRequest where they do not fit.
+        """
+        keys, tensor = schema.keys, self.layout.keys
+        if tensor is None:
+            return None
+        assert isinstance(keys, OwnKeySpec)
+        form, section = key_form(tensor, schema), schema.num_slots // keys.sections
+        if form == "flat":
+            return self._tensors.rows(tensor.name, slots.start, len(slots)).float()
+        found = torch.zeros(len(slots), schema.value_dim)
+        for number in range(slots.start // section, -(-slots.stop // section)):
+            first = number * section
+            begin, end = max(slots.start, first), min(slots.stop, first + keys.rows)
+            if begin < end:
+                rows = self._half(tensor, form, number, keys.rows)[begin - first : end - first]
+                found[begin - slots.start : end - slots.start] = rows
+        return found
+
+    def _half(self, tensor: TensorEntry, form: str, section: int, n: int) -> Tensor:
+        """Half-keys of one half of one head, [n, key_dim / 2]."""
+        if form == "stacked":
+            return self._tensors.rows(tensor.name, section * n, n).float()
+        head = self._tensors.rows(tensor.name, section // 2, 1)[0].float()
+        return head[section % 2] if form == "heads" else head[:, section % 2]
 
     def _keys(self) -> TensorEntry:
         if self.layout.keys is None:

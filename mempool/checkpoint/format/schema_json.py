@@ -6,11 +6,25 @@ from typing import Any, get_args
 
 from mempool.checkpoint.format.json_values import Fields, Unfit
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, StorageDtype, TableSchema
+from mempool.types import (
+    FlatKeySpec,
+    KeySpec,
+    OptimizerSpec,
+    OwnKeySpec,
+    ProductKeySpec,
+    StorageDtype,
+    TableSchema,
+    TrainedKeySpec,
+)
 from mempool.types.schema import Algorithm, Layout, Rounding
 from mempool.types.schema_checks import check_schema
 
-_KEYS: Mapping[str, type[ProductKeySpec | FlatKeySpec]] = {"product": ProductKeySpec, "flat": FlatKeySpec}
+_KEYS: Mapping[str, type[KeySpec]] = {
+    "product": ProductKeySpec,
+    "flat": FlatKeySpec,
+    "trained": TrainedKeySpec,
+    "own": OwnKeySpec,
+}
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "dtype": get_args(StorageDtype),
     "layout": get_args(Layout),
@@ -25,7 +39,7 @@ def schema_json(schema: TableSchema) -> dict[str, Any]:
     """All of a schema. Numbers keep every bit: JSON has them as Python's repr."""
     found = asdict(schema)
     if schema.keys is not None:
-        kind = "product" if isinstance(schema.keys, ProductKeySpec) else "flat"
+        kind = next(name for name, each in _KEYS.items() if isinstance(schema.keys, each))
         found["keys"] = {"type": kind, **asdict(schema.keys)}
     return found
 
@@ -68,10 +82,10 @@ def _value(name: str, annotation: str, given: Fields) -> object:
     return given.number(name) if "float" in annotation else given.integer(name)
 
 
-def _keys(given: Fields) -> ProductKeySpec | FlatKeySpec | None:
+def _keys(given: Fields) -> KeySpec | None:
     value = given.take("keys")
     if value is None:
         return None
     inner = Fields(value, given.path("keys"))
-    keys: ProductKeySpec | FlatKeySpec = _parse(_KEYS[inner.text("type", among=_KEYS)], inner)
+    keys: KeySpec = _parse(_KEYS[inner.text("type", among=_KEYS)], inner)
     return keys

@@ -7,13 +7,15 @@ from mempool.client.reading.pinning import pin_newest, release
 from mempool.client.routing.router import Router
 from mempool.errors import NotFound
 from mempool.types import TableView
+from mempool.types.keys import key_table_name
 
 Views = Callable[[], Awaitable[list[TableView]]]
 """Asks for all tables of the pool."""
 
 
 async def take_snapshot(router: Router, name: str, tables: Iterable[str] | None, *, views: Views) -> dict[str, int]:
-    """Keep each table at its newest version; all of them, or none. tables: names; None: all.
+    """Keep each table, and the keys that it trains, at its newest version; all of them, or none. tables: names; None:
+    all. Answers the versions by name, those of keys left out.
 
     Raises:
         NotFound: There is no such table.
@@ -22,7 +24,8 @@ async def take_snapshot(router: Router, name: str, tables: Iterable[str] | None,
     ids = await _ids(tables, views)
     pins = [asyncio.ensure_future(pin_newest(router, table_id, name=name)) for table_id in ids.values()]
     try:
-        return dict(zip(ids, [version for _, version in await asyncio.gather(*pins)], strict=True))
+        versions = zip(ids, [version for _, version in await asyncio.gather(*pins)], strict=True)
+        return {each: version for each, version in versions if not each.endswith(key_table_name(""))}
     except BaseException:
         for pin in pins:
             pin.cancel()
@@ -48,4 +51,5 @@ async def _ids(tables: Iterable[str] | None, views: Views) -> dict[str, int]:
     for name in names:
         if name not in known:
             raise NotFound(f"there is no table {name!r}; the pool has {', '.join(map(repr, known)) or 'none'}")
-    return {name: known[name] for name in names}
+    keys = map(key_table_name, names)
+    return {name: known[name] for name in (*names, *(each for each in keys if each in known))}

@@ -41,6 +41,7 @@ class TableAt(Table):
     Args:
         router, session: The table's.
         pin: What keeps the version; this lets it go.
+        keys: The keys that it trains, at a version of theirs, closed with this; None: they cannot be read.
 
     Attributes:
         version: Which.
@@ -56,11 +57,13 @@ class TableAt(Table):
         begin: Begin,
         pin: str,
         version: int,
+        keys: "TableAt | None" = None,
     ) -> None:
-        reading = router.at(pin)
+        reading = router.at(pin, keys=None if keys is None else keys._router)
         session = session.reading(reading)
         super().__init__(schema, router=reading, session=session, run=run, begin=begin)
         self.version = version
+        self._keys = keys
         self._link = _LinkAt(schema, version, router=reading, session=session, run=run, begin=begin)
         self._anchor.requires_grad_(False)
         over = asyncio.Event()
@@ -82,14 +85,34 @@ class TableAt(Table):
 
     def close(self) -> None:
         """Let shards forget the version, if nobody else reads it. Repeatable; later reads raise VersionGone."""
+        if isinstance(self._keys, TableAt):
+            self._keys.close()
         with self._closing:
             self._end()
             with suppress(Exception):  # a shard that does not hear it lets it go by its lease
                 self._keeping.result()
 
+    @property
+    def keys(self) -> Table:
+        """As of the table, read at a version, too."""
+        if self.trains_keys and self._keys is None:
+            raise InvalidRequest(
+                f"table {self.name!r} is read at version {self.version}, given as a number, and which version of its "
+                "keys goes with it is not known: take table.at(), or a snapshot's name, or gather by ids"
+            )
+        return super().keys
+
     def at(self, version: int | str = LATEST) -> NoReturn:
         """A version has no versions."""
         self._refuse("read at another version")
+
+    def fork(self, name: str) -> NoReturn:
+        """No optimizer state is kept for it."""
+        self._refuse("forked")
+
+    def reset(self, to: "Table | str") -> NoReturn:
+        """Nothing writes to it."""
+        self._refuse("written to")
 
     def requires_grad_(self, requires_grad: bool = True) -> "TableAt":
         """Only False: nothing trains it."""
@@ -142,11 +165,16 @@ class TableAt(Table):
         """Nothing writes to it."""
         self._refuse("written to")
 
+    @property
+    def step_links(self) -> list[TableLink]:
+        """Nothing trains it."""
+        return [self._link]
+
     def prepare(self, *, want_norm: bool = True, norm_order: float = 0.0) -> Prepared | None:
         """Nothing trains it: nothing is pending."""
         return None
 
-    def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> NoReturn:
+    def commit(self, *, lr: float | None = None, grad_scale: float = 1.0, keys_lr: float | None = None) -> NoReturn:
         """Nothing trains it."""
         self._refuse("trained")
 

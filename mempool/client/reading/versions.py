@@ -3,30 +3,26 @@
 from typing import TYPE_CHECKING
 
 from mempool.client.counts import as_count
-from mempool.client.opening.waiting import Begin, Run
+from mempool.client.keys.keyed import Keyed
+from mempool.client.opening.forking import Forks
 from mempool.client.reading.pinning import pin_kept, pin_newest, pin_version
-from mempool.client.routing.router import Router
-from mempool.client.training.link import TableLink
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
-from mempool.types import TableSchema
 
 if TYPE_CHECKING:
     from mempool.client.reading.table_at import TableAt
+    from mempool.client.table import Table
 
 LATEST = "latest"
 MAX_NAME_BYTES = 64
 
 
-class Versions:
+class Versions(Keyed):
     """A part of ``Table``."""
 
-    schema: TableSchema
-    _router: Router
     _session: Session
-    _run: Run
-    _begin: Begin
-    _link: TableLink
+    forks: Forks | None = None
+    """For ``Pool``: makes tables that are as this one is."""
 
     @property
     def staleness(self) -> int:
@@ -45,6 +41,9 @@ class Versions:
             version: "latest": the newest one, with every commit that was acknowledged before. A number: that very
                 version, while it is the newest one or somebody has it pinned. Another text: what ``pool.snapshot`` has
                 kept under that name.
+
+        The keys that it trains are read as they are now, too, or as the snapshot has them; not where the version is
+        given as a number, which is the values' own.
 
         Raises:
             VersionGone: There is no such snapshot, or the version is over and kept by nobody.
@@ -66,6 +65,8 @@ class Versions:
                     f"or {LATEST!r}"
                 )
             pin, number = self._run(pin_version(router, table_id, wanted))
+        # A version's number is the table's own: which one of its keys goes with it is not known.
+        keys = self.keys.at(version) if self.trains_keys and isinstance(version, str) else None
         return TableAt(
             self.schema,
             router=router,
@@ -74,7 +75,51 @@ class Versions:
             begin=self._begin,
             pin=pin,
             version=number,
+            keys=keys,
         )
+
+    def fork(self, name: str) -> "Table":
+        """A table of its own that is as this one is now: values, keys, optimizer state, step count and version, bit for
+        bit, at one version over all shards, with every commit that was acknowledged before.
+
+        They share memory until either is written to, the system's page by page, and go their own ways. Who trains waits
+        a moment. Random rounding goes by the name. The fork counts as if all of it were its own where memory is limited
+        (shard.memory). Has no deadline: the first fork of a table moves its memory, a second a GiB or so.
+
+        Args:
+            name: Of the new table.
+
+        Raises:
+            AlreadyExists: There is a table of that name.
+            NotFound: This table is not there any more.
+            InvalidRequest: The name is none; or there is no room.
+            DataLoss: Pages of this table are lost.
+            PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
+        """
+        assert self.forks is not None, "a version that is read refuses it"
+        return self.forks.fork(self.schema, name)
+
+    def reset(self, to: "Table | str") -> None:
+        """Become what another table is now, a fork of this one say: values, keys, optimizer state, step count and
+        version, bit for bit.
+
+        It is a new table in the place of this one, as ``Pool.restore(replace=True)`` makes one: what is pending is
+        dropped, backward passes of earlier look-ups are refused, and this ``Table``, and what uses it, goes on with
+        the new one. Other clients are told so when they next ask, and go on by ``Pool.reopen``. Until it is there, the
+        old one stays: there must be room for both.
+
+        Args:
+            to: A table of this pool with as many slots and columns, the same dtype, keys, pages and optimizer; or its
+                name.
+
+        Raises:
+            NotFound: There is no such table; this one stays as it is.
+            AlreadyExists: It is another kind of table; the message says in what.
+            InvalidRequest: It is this table; or there is no room.
+            PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
+        """
+        assert self.forks is not None, "a version that is read refuses it"
+        self.forks.reset(self.schema, to)
 
 
 def checked_name(name: object) -> str:

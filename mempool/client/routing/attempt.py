@@ -27,10 +27,10 @@ from mempool.client.routing.slices import MESSAGE_BYTES, slices, some_at_a_time
 from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
     Envelope,
-    FlatKeySpec,
     GatherReply,
     GatherRequest,
     PinRequest,
+    ProductKeySpec,
     ScoreReply,
     ScoreRequest,
     ShardHost,
@@ -231,7 +231,7 @@ class Attempt:
     async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor, Seen]:
         """Top-k of the table's keys by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K] int64.
 
-        queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
+        queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys; [B, sections, D] where values are keys.
         """
         num_queries, num_heads, dim = queries.shape
         pieces = slices(num_queries, num_heads * max(topk * SCORED_BYTES, dim * queries.element_size()))
@@ -246,7 +246,7 @@ class Attempt:
         async def ask(host: ShardHost, envelope: Envelope) -> list[ScoreReply]:
             return await some_at_a_time([partial(ask_some, host, envelope, *piece) for piece in pieces])
 
-        flat = isinstance(self.plan.schema.keys, FlatKeySpec)
+        flat = not isinstance(self.plan.schema.keys, ProductKeySpec)
         owners = [route.info for route in self.plan.routes if route.blocks[0] == 0]
         if not flat:
             owners = [owner for owner, _ in self.plan.head_owners]
@@ -288,36 +288,46 @@ class Attempt:
     async def step_count(self, *, to: int | None, writer: Writer) -> int:
         """How many steps the table's optimizer counts; ``to`` makes it that many.
 
+        The first owner is told first, and what it counts is what all should: where whoever set it has died in between,
+        the next one to ask makes the others count so.
+
         Raises:
             StepConflict: Owners are at different versions: somebody commits meanwhile.
         """
+        owners = self.plan.owners
 
         async def ask(host: ShardHost, envelope: Envelope) -> StepCountReply:
             reply = await host.step_count(StepCountRequest(envelope=envelope))
             self._fanout.saw(reply.stamp.table_version)
             return reply
 
-        replies = await self._fanout.each([(owner, ask) for owner in self.plan.owners])
+        replies = await self._fanout.each([(owner, ask) for owner in owners])
+        if len({reply.count for reply in replies}) > 1:
+            # Asked again: the others may have been told since the first one was asked.
+            replies[:1] = await self._fanout.each([(owners[0], ask)])
         seen = seen_of(self.plan, [reply.stamp for reply in replies])
-        counts = {reply.count for reply in replies}
-        if seen.oldest_version != seen.newest_version or (to is None and len(counts) > 1):
+        counts = [reply.count for reply in replies]
+        if seen.oldest_version != seen.newest_version:
             raise StepConflict(
                 f"owners of table {self.plan.schema.name!r} are at versions {seen.oldest_version} to "
-                f"{seen.newest_version} and count {min(counts)} to {max(counts)} steps: somebody commits, or sets the "
-                "step, meanwhile. Do it again while nobody trains"
+                f"{seen.newest_version} and count {min(counts)} to {max(counts)} steps: somebody commits meanwhile. Do "
+                "it again while nobody trains"
             )
-        if to is None:
-            return counts.pop()
+        wanted = counts[0] if to is None else to
+        if to is None and len(set(counts)) == 1:
+            return wanted
 
         with writer.begin() as write:  # of each try its own: at another version it is another write
 
             async def tell(host: ShardHost, envelope: Envelope) -> StepCountReply:
                 return await host.step_count(
-                    StepCountRequest(envelope=envelope, set=to, at_version=seen.oldest_version, write_id=write.id)
+                    StepCountRequest(envelope=envelope, set=wanted, at_version=seen.oldest_version, write_id=write.id)
                 )
 
-            await self._fanout.each([(owner, tell) for owner in self.plan.owners])
-        return to
+            if to is not None:
+                await self._fanout.each([(owners[0], tell)])
+            await self._fanout.each([(owner, tell) for owner in owners[1:]])
+        return wanted
 
 
 def gather_request(

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from mempool.agreement.writes import MAX_OPEN, Writer
+from mempool.client.keys.layout import KeyLayout
+from mempool.client.keys.scoring import KeyTables
 from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
 from mempool.client.routing.fanout import Dial, Fanout, Traffic, Versions
@@ -30,7 +32,7 @@ from mempool.client.routing.together import Together
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import NotFound, PoolUnreachable, StalePlacement, Unavailable
-from mempool.types import PoolApi, ShardHost, ShardInfo, TableView
+from mempool.types import PoolApi, ShardHost, ShardInfo, TableView, TrainedKeySpec
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 from mempool.types.running import Clock
@@ -58,6 +60,7 @@ class Router:
 
     Attributes:
         pin: Of the version that is read; "": the newest.
+        keys: By which keys are read that are trained in a table of their own, at a pin of theirs; None: by this.
     """
 
     def __init__(
@@ -88,12 +91,17 @@ class Router:
         self._writer = Writer(self._next_lookup_id + 1)
         self._room_for_writes = asyncio.Semaphore(MAX_OPEN)
         self.remembered = Remembered()
+        self._key_tables = KeyTables()
         self.pin = ""
+        self.keys: Router | None = None
 
-    def at(self, pin: str) -> "Router":
-        """The same way, on which every read is of the version that a pin keeps. No look-up of it is remembered."""
+    def at(self, pin: str, *, keys: "Router | None" = None) -> "Router":
+        """The same way, on which every read is of the version that a pin keeps. No look-up of it is remembered.
+
+        keys: By which keys are read that are trained in a table of their own.
+        """
         router = copy(self)
-        router.pin, router._next_lookup_id = pin, secrets.randbits(62)
+        router.pin, router._next_lookup_id, router.keys = pin, secrets.randbits(62), keys
         return router
 
     @property
@@ -189,7 +197,12 @@ class Router:
         self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
     ) -> tuple[Tensor, Tensor, Seen]:
         """Top-k of keys in the pool by (score descending, id ascending): scores and ids [B, H, K] (float32, int64)."""
-
+        schema = (await self._plan(table_id)).schema
+        layout = KeyLayout.of(schema)
+        if layout is not None:
+            timeout_s = self.timeout_s if timeout_s is None else timeout_s
+            keys = self.keys or self
+            return await self._key_tables.score(keys, schema, layout, queries, topk=topk, timeout_s=timeout_s)
         return await self.call(table_id, lambda attempt: attempt.score(queries, topk=topk), timeout_s=timeout_s)
 
     async def lookup(
@@ -207,6 +220,7 @@ class Router:
         """
         loop = asyncio.get_running_loop()
         end_s = loop.time() + (self.timeout_s if timeout_s is None else timeout_s)
+        keys_elsewhere = isinstance((await self._plan(table_id)).schema.keys, TrainedKeySpec)
         scores, ids, scored = await self.score(table_id, queries=queries, topk=topk, timeout_s=end_s - loop.time())
         weights = torch.softmax(scores, dim=-1)
         num_bags, heads, found = ids.shape
@@ -216,6 +230,8 @@ class Router:
             offsets=torch.arange(num_bags + 1, dtype=torch.int64, device="cpu") * (heads * found),
         )
         values, record = await self.gather(table_id, bags=bags, reply_dtype=reply_dtype, timeout_s=end_s - loop.time())
+        if keys_elsewhere:  # at versions of their own
+            return Lookup(ids=ids, scores=scores, weights=weights, values=values), record.seen
         seen = Seen(
             epoch=record.seen.epoch,
             oldest_version=min(scored.oldest_version, record.seen.oldest_version),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +29,23 @@ class Prepared:
     squared_norm: float
     finite: bool
     norm: float = 0.0
+
+
+def together(prepared: Sequence[Prepared | None], *, norm_order: float) -> Prepared | None:
+    """Several tables' prepared steps as one; None where nothing is pending on any. norm_order: Of ``norm``, 0: none."""
+    parts = [each for each in prepared if each is not None]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    norms = [each.norm for each in parts]
+    norm = max(norms)
+    if 0.0 < norm < math.inf and math.isfinite(norm_order):
+        norm *= sum((each / norm) ** norm_order for each in norms) ** (1.0 / norm_order)
+    return Prepared(
+        updates=sum(each.updates for each in parts),
+        squared_norm=sum(each.squared_norm for each in parts),
+        finite=all(each.finite for each in parts),
+        norm=norm,
+    )
 
 
 @dataclass(frozen=True, slots=True)

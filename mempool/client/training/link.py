@@ -235,6 +235,11 @@ class TableLink:
             self._cautions.after_update(pending=self.session.pending, pending_bytes=self.session.pending_bytes)
 
     @property
+    def own_lr(self) -> float:
+        """The learning rate of the table's optimizer."""
+        return self._schema.optimizer.lr
+
+    @property
     def steps_together(self) -> bool:
         """Whether it is committed by a group's ranks together: also by those that have nothing pending."""
         coordinator = self.session.coordinator

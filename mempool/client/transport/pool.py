@@ -19,6 +19,7 @@ from mempool.placement.changes import changed, known_view
 from mempool.types import (
     CheckpointProgress,
     DropTable,
+    ForkTable,
     PoolStatus,
     RescaleProgress,
     RestoreTables,
@@ -134,6 +135,12 @@ class GrpcPool:
             lambda channel, timeout_s: channel.call(methods.RESTORE, request, timeout_s=timeout_s)
         )
         return tuple(self._learned(view) for view in views)
+
+    async def fork(self, request: ForkTable) -> TableView:
+        view = await self._change(
+            lambda channel, timeout_s: channel.call(methods.FORK_TABLE, request, timeout_s=timeout_s)
+        )
+        return self._learned(view)
 
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Where the stream breaks after its first message the rescale goes on, and this raises PoolUnreachable."""

@@ -163,6 +163,7 @@ class GrpcShard:
             ledger=request.ledger,
             pending=request.pending,
             source=request.source,
+            fork=request.fork,
             known=known,
         )
         try:

@@ -21,7 +21,8 @@ from mempool.checkpoint.stores.places import check_place
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
 from mempool.controller.roster import Roster
-from mempool.controller.saving.cut import LEASE_S, Answered, Cut, Ended, Event, Failed, Freeze, Mark, Owner, Ticked
+from mempool.controller.saving.cut import LEASE_S, Ended, Owner
+from mempool.controller.saving.moment import Moments
 from mempool.controller.telling import Telling
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable, StorageFailed
 from mempool.types import (
@@ -29,6 +30,7 @@ from mempool.types import (
     Ledger,
     MarkTable,
     ReleaseMark,
+    ShardHost,
     TableSource,
     TableVersion,
     TableView,
@@ -36,6 +38,7 @@ from mempool.types import (
     WritePart,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.keys import key_table
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import shown
 
@@ -43,7 +46,6 @@ _LOG = logging.getLogger("mempool.controller")
 
 MAX_EXTRA_BYTES = 2**20
 _MARK_LEASE_S = 60.0
-_FREEZE_MARGIN_S = 5.0
 _WAIT_S = 1.0
 _STALLED_S = 120.0
 """A part of which nothing is written for so long ends the checkpoint: rows are copied for it."""
@@ -64,7 +66,7 @@ class Checkpoints:
         calls, telling: Reach the shards.
         changes: What creates tables, and has to come to rest first.
         changing: Held while one is taken.
-        trainer_lease_s: How long a step may be prepared and not decided.
+        moments: Takes the moment.
         written_by: The program and its version, for the manifest.
         clock: Seconds.
         runner: Reads and writes files.
@@ -77,7 +79,7 @@ class Checkpoints:
     telling: Telling
     changes: TableChanges
     changing: asyncio.Lock
-    trainer_lease_s: float
+    moments: Moments
     written_by: str
     clock: Clock
     runner: Runner
@@ -182,7 +184,12 @@ class Checkpoints:
         return done
 
     def _views(self, names: Sequence[str]) -> list[TableView]:
-        views = [self.roster.view(name) for name in dict.fromkeys(names)] if names else list(self.roster.views)
+        if names:
+            views = [self.roster.view(name) for name in dict.fromkeys(names)]
+            keys = [key_table(view.schema) for view in views]
+            views += [self.roster.view(each.name) for each in keys if each is not None]
+        else:
+            views = list(self.roster.views)
         if not views:
             raise InvalidRequest(f"pool {self.pool!r} has no tables yet: there is nothing to take a checkpoint of")
         return views
@@ -208,63 +215,15 @@ class Checkpoints:
     # The moment
 
     async def _cut(self, views: Sequence[TableView], begun: Begun, token: str) -> Ended:
-        cut = Cut({view.schema.table_id: view.placement.shards for view in views})
         since = {view.schema.table_id: _since(view, begun) for view in views}
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        calls: set[asyncio.Task[None]] = set()
-        actions = cut.begin(self.clock())
-        try:
-            while True:
-                for action in actions:
-                    if isinstance(action, Ended):
-                        if action.error is not None:
-                            raise action.error
-                        return action
-                    task = asyncio.create_task(self._answered(action, since, token, events))
-                    calls.add(task)
-                    task.add_done_callback(calls.discard)
-                wait_s = None if cut.next_s == float("inf") else max(0.0, cut.next_s - self.clock())
-                try:
-                    async with asyncio.timeout(wait_s):
-                        event = await events.get()
-                except TimeoutError:
-                    event = Ticked()
-                actions = cut.handle(event, self.clock())
-        finally:
-            for task in calls:
-                task.cancel()
 
-    async def _answered(
-        self, call: Freeze | Mark | Any, since: Mapping[int, str], token: str, events: "asyncio.Queue[Event]"
-    ) -> None:
-        owner: Owner = call.owner
-        info = self.roster.shards.get(owner.shard)
-        version = 0
-        try:
-            if info is None:
-                raise ShardUnavailable(f"shard {owner.shard} is gone", shard=owner.shard)
-            if isinstance(call, Freeze):
-                wait_s = self.trainer_lease_s + _FREEZE_MARGIN_S
-                version = await self.calls.call(
-                    info,
-                    lambda host: host.freeze(owner.table_id, wait_s, token=token, lease_s=LEASE_S),
-                    timeout_s=wait_s + _FREEZE_MARGIN_S,
-                )
-            elif isinstance(call, Mark):
-                request = MarkTable(
-                    table_id=owner.table_id,
-                    token=token,
-                    version=call.version,
-                    lease_s=_MARK_LEASE_S,
-                    since=since[owner.table_id],
-                )
-                await self.calls.call(info, lambda host: host.mark_table(request), timeout_s=LEASE_S)
-            else:
-                await self.calls.call(info, lambda host: host.thaw(owner.table_id, token=token), timeout_s=LEASE_S)
-        except Exception as error:
-            events.put_nowait(Failed(call, error))
-        else:
-            events.put_nowait(Answered(call, version))
+        async def mark(host: ShardHost, owner: Owner, version: int) -> None:
+            table_id = owner.table_id
+            await host.mark_table(
+                MarkTable(table_id=table_id, token=token, version=version, lease_s=_MARK_LEASE_S, since=since[table_id])
+            )
+
+        return await self.moments.take(views, token, mark)
 
     # The parts
 

@@ -12,9 +12,11 @@ from mempool.checkpoint.format.ledger_json import parse_ledger
 from mempool.checkpoint.format.manifest import Manifest
 from mempool.checkpoint.stores import open_store
 from mempool.checkpoint.stores.places import check_place
-from mempool.controller.changes import Origin
+from mempool.controller.changes import require_no_key_table
+from mempool.controller.saving.making import Origin
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StorageFailed
 from mempool.types import Ledger, RestoreTables, TableSchema, TableSource
+from mempool.types.keys import is_key_table, key_table, key_table_name
 from mempool.types.schema import Layout
 from mempool.types.schema_checks import check_schema, shown
 
@@ -34,21 +36,40 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
             f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or "
             "leave it out. Nothing was changed."
         )
+    for name in (*request.tables, request.name, "" if request.schema is None else request.schema.name):
+        require_no_key_table(name, "restored")
     try:
         if request.schema is not None:
-            return [_of_file(request, request.schema)]
+            schemas = [request.schema, key_table(request.schema)]
+            return [_of_file(request, schema) for schema in schemas if schema is not None]
         manifest = read_manifest(open_store(request.url), request.checkpoint or None)
     except MempoolError:
         raise
     except Exception as error:  # of the user's fsspec package, say
         raise StorageFailed(f"{request.url} cannot be read ({type(error).__name__}: {error})") from error
-    tables = tuple(dict.fromkeys(request.tables or manifest.tables))
+    own = (name for name, state in manifest.tables.items() if not is_key_table(state.schema))
+    tables = tuple(dict.fromkeys(request.tables or own))
     if request.name and len(tables) != 1:
         raise InvalidRequest(
             f"name={shown(request.name)} is for one table, and {len(tables)} are asked for ({', '.join(tables[:4])}); "
             "name the one that is to be called so. Nothing was changed."
         )
-    return [_origin(request, manifest, table) for table in tables]
+    found = [_origin(request, manifest, table, request.name or table) for table in tables]
+    return [*found, *(keys for each in zip(tables, found, strict=True) for keys in _keys_of(request, manifest, *each))]
+
+
+def _keys_of(
+    request: RestoreTables, manifest: Manifest, table: str, restored: tuple[TableSchema, Origin]
+) -> list[tuple[TableSchema, Origin]]:
+    """The table of the keys that a table trains: it comes with it, by its new name."""
+    schema, _ = restored
+    wanted = key_table(schema)
+    if wanted is None:
+        return []
+    name = key_table_name(table)
+    if name not in manifest.tables:
+        raise DataLoss(f"checkpoint {manifest.name!r} of {request.url} has table {table!r} without its keys ({name!r})")
+    return [_origin(replace(request, layout=""), manifest, name, wanted.name)]
 
 
 def _of_file(request: RestoreTables, schema: TableSchema) -> tuple[TableSchema, Origin]:
@@ -59,7 +80,7 @@ def _of_file(request: RestoreTables, schema: TableSchema) -> tuple[TableSchema, 
     return schema, Origin(source=source, ledger=Ledger(), replace=request.replace)
 
 
-def _origin(request: RestoreTables, manifest: Manifest, table: str) -> tuple[TableSchema, Origin]:
+def _origin(request: RestoreTables, manifest: Manifest, table: str, name: str) -> tuple[TableSchema, Origin]:
     state = manifest.tables.get(table)
     if state is None:
         raise NotFound(
@@ -67,7 +88,7 @@ def _origin(request: RestoreTables, manifest: Manifest, table: str) -> tuple[Tab
             f"{', '.join(manifest.tables)}"
         )
     layout = cast("Layout", request.layout or state.schema.layout)
-    schema = replace(state.schema, table_id=0, name=request.name or table, layout=layout)
+    schema = replace(state.schema, table_id=0, name=name, layout=layout)
     check_schema(schema)
     try:
         updates = 0 if state.ledger is None else parse_ledger(state.ledger).updates_applied

@@ -3,7 +3,8 @@
 What they are is ``Tenancy``'s, and what they raise.
 """
 
-from mempool.shard.durable.records import Attached, Dropped, Restored, Staged, StagedLedger, Viewed
+from mempool.shard.durable.records import Attached, Dropped, Forked, Restored, Staged, StagedLedger, Viewed
+from mempool.shard.forks.forking import base_of, checked_point, take_fork
 from mempool.shard.hosted import HostedTable
 from mempool.shard.tenancy import Tenancy
 from mempool.types import AttachTable, Ledger, PageBatch, PullPages, TableView
@@ -18,16 +19,24 @@ class Changes:
     def attach(self, request: AttachTable) -> HostedTable:
         self._tenancy.log.require()
         before = self._tenancy.tables.get(request.view.schema.table_id)
-        table = self._tenancy.attach(request)
+        if request.mode == "forked":
+            return self._fork(request)
+        table = self._tenancy.attach(request, base=base_of(self._tenancy, request))
         if table is not before or request.mode == "confirm":
             self._tenancy.log.add(Attached(request))
         return table
 
+    def _fork(self, request: AttachTable) -> HostedTable:
+        forked = take_fork(self._tenancy, request)
+        if forked is not None:
+            self._tenancy.log.add(Forked(forked.table_id, checked_point(request).table_id))
+        return self._tenancy.table(request.view.schema.table_id)
+
     def fill(self, table: HostedTable) -> bool:
-        """A piece of initial values, which nobody needs to keep."""
+        """A piece of initial values, which nobody needs to keep. Returns whether all are there, or a fork is ready."""
         is_here = table.table_id in self._tenancy.tables
         try:
-            return self._tenancy.fill(table)
+            return self._tenancy.fill(table) or (table.forked is not None and table.forked.ready)
         except Exception:
             if is_here and table.table_id not in self._tenancy.tables:
                 self._tenancy.log.add(Dropped(table.table_id))

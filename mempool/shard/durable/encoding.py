@@ -18,6 +18,7 @@ from mempool.shard.durable.records import (
     Counted,
     Decided,
     Dropped,
+    Forked,
     Gone,
     Held,
     Kept,
@@ -44,6 +45,7 @@ _NUMBERS = {kind: number for number, kind in enumerate(KINDS, 1)}
 _ROUND = struct.Struct("<QBB")  # table, whether decisions, bytes of the token
 _SCHEDULE = struct.Struct("<QqQ")  # table, first step, steps
 _STOPPED = struct.Struct("<Qq")
+_FORKED = struct.Struct("<QQ")
 _LENGTH = struct.Struct("<I")
 _NO_ENVELOPE = {"epoch": 0, "incarnation": 0}
 
@@ -92,6 +94,8 @@ def _parts(record: RecordOf) -> list[Bytes]:
             return [_round(table_id, token, decisions), message.SerializeToString(deterministic=True)]
         case CaughtUp(table_id, slots):
             return [struct.pack("<Q", table_id), _bytes_of(slots)]
+        case Forked(table_id, base_id):
+            return [_FORKED.pack(table_id, base_id)]
         case Stopped(table_id, step):
             return [_STOPPED.pack(table_id, step)]
         case Restored(table_id, pages_of):
@@ -124,6 +128,8 @@ def _record(kind: type[RecordOf], data: bytes) -> RecordOf:
         return Begun(*struct.unpack("<Q", data))
     if kind is Unstaged:
         return Unstaged(*struct.unpack("<Q", data))
+    if kind is Forked:
+        return Forked(*_FORKED.unpack(data))
     if kind is Attached:
         return Attached(pages.ATTACHED.decode(data))
     if kind is Dropped:

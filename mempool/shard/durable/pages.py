@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,9 +41,12 @@ def heads_arrays(table: HostedTable) -> list[tuple[str, Tensor]]:
     return [("heads", _bytes_of(heads)), (HEAD_KEYS, _bytes_of(table.storage.head_keys))]
 
 
-def place_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Places:
-    """Where in arenas the pages of the newest snapshot go: rows are found there from now on, and filled by
-    ``restore_pages``.
+Rows = dict[tuple[int, Blocks], npt.NDArray[np.int64]]
+"""Of each table and its blocks: the row pages of a snapshot, ascending."""
+
+
+def rows_of(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Rows:
+    """Which pages the newest snapshot has.
 
     Raises:
         DataLoss: A page is of a table that the snapshot does not have, or one is missing.
@@ -52,18 +56,11 @@ def place_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Plac
         if len(key) != _HEADS.size:
             table_id, row_page, blocks = _page_of(key)
             rows[table_id, blocks].append(row_page)
-    places: Places = {}
     here: dict[int, int] = defaultdict(int)
     for (table_id, blocks), found in rows.items():
         if table_id not in tables:
             raise DataLoss(f"the newest snapshot has pages of table {table_id}, and no such table")
-        arena = tables[table_id].storage.arena(blocks)
-        row_pages = np.sort(np.asarray(found, dtype=np.int64))
-        taken = arena.take(len(row_pages))
-        arena.publish(row_pages, taken)
-        for row_page, place in zip(row_pages.tolist(), taken.tolist(), strict=True):
-            places[page_key(table_id, row_page, blocks)] = arena, place
-        here[table_id] += len(row_pages) * len(blocks)
+        here[table_id] += len(found) * len(blocks)
     for table_id, table in tables.items():
         owned = int((table.view.placement.owners == table.info.shard).sum())
         if here[table_id] != owned and not table.storage.num_lost:
@@ -71,6 +68,20 @@ def place_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Plac
                 f"the newest snapshot has {here[table_id]:,} pages of table {table.view.schema.name!r}, of which "
                 f"{owned:,} are this shard's. {RESTORE}."
             )
+    return {of: np.sort(np.asarray(found, dtype=np.int64)) for of, found in rows.items()}
+
+
+def place_pages(rows: Rows, tables: Mapping[int, HostedTable]) -> Places:
+    """Where in the arenas of these tables their pages go: rows are found there from now on, and filled by
+    ``restore_pages``."""
+    places: Places = {}
+    for (table_id, blocks), row_pages in rows.items():
+        if table_id in tables:
+            arena = tables[table_id].storage.arena(blocks)
+            taken = arena.take(len(row_pages))
+            arena.publish(row_pages, taken)
+            for row_page, place in zip(row_pages.tolist(), taken.tolist(), strict=True):
+                places[page_key(table_id, row_page, blocks)] = arena, place
     return places
 
 
@@ -82,7 +93,8 @@ def populate(places: Places) -> None:
 
 
 def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable], places: Places) -> dict[Arena, int]:
-    """Fill the pages of the newest snapshot. Returns each arena with its ``writes`` then.
+    """Fill these pages of the newest snapshot, and the product keys of all its tables. Returns each arena with its
+    ``writes`` then.
 
     Raises:
         DataLoss: A page is damaged.
@@ -92,7 +104,7 @@ def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable], place
         for arena in arenas:
             pages = torch.tensor([place for owner, place in places.values() if owner is arena], device=arena.device)
             writing.enter_context(arena.writing(pages=pages))
-        for key, arrays in snapshots.pages():
+        for key, arrays in snapshots.pages([*places, *_heads_of(snapshots, tables)]):
             if key in places:
                 arena, place = places[key]
                 for name, stored in arenas[arena].items():
@@ -100,6 +112,11 @@ def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable], place
             else:
                 _restore_heads(tables[_HEADS.unpack(key)[0]], arrays)
     return {arena: arena.writes for arena in arenas}
+
+
+def _heads_of(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> list[bytes]:
+    pages = () if snapshots.newest is None else snapshots.newest.pages
+    return [key for table_id in tables if (key := heads_key(table_id)) in pages]
 
 
 def _restore_heads(table: HostedTable, arrays: Mapping[str, memoryview]) -> None:

@@ -184,6 +184,14 @@ class Gone:
     others: tuple[DecidedStep, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A table that was attached to be a fork of another one became what that was."""
+
+    table_id: int
+    base_id: int
+
+
 RecordOf: TypeAlias = (
     Begun
     | Attached
@@ -205,6 +213,7 @@ RecordOf: TypeAlias = (
     | Stopped
     | Unstaged
     | Gone
+    | Forked
 )
 
 KINDS: Final[tuple[type[RecordOf], ...]] = (
@@ -228,5 +237,6 @@ KINDS: Final[tuple[type[RecordOf], ...]] = (
     Stopped,
     Unstaged,
     Gone,
+    Forked,
 )
 """A record's number is its place, from 1: it never changes."""

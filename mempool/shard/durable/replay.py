@@ -11,7 +11,8 @@ from mempool import kernels
 from mempool.errors import DataLoss, Internal, MempoolError
 from mempool.observe import Stages
 from mempool.shard import validate
-from mempool.shard.durable.pages import place_pages, populate, restore_pages
+from mempool.shard.durable.families import forks_of, restore_forks
+from mempool.shard.durable.pages import place_pages, populate, restore_pages, rows_of
 from mempool.shard.durable.records import (
     Applied,
     Attached,
@@ -20,6 +21,7 @@ from mempool.shard.durable.records import (
     Counted,
     Decided,
     Dropped,
+    Forked,
     Gone,
     Held,
     Kept,
@@ -36,6 +38,7 @@ from mempool.shard.durable.records import (
     Written,
 )
 from mempool.shard.durable.store import Store
+from mempool.shard.forks.forking import base_of, become
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.transfer import PULL_LEASE_S
@@ -68,7 +71,9 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> d
         with stages.measure("recover: snapshot"):
             for record in store.take_head():
                 replay.take(record)
-            places = place_pages(store.snapshots, tenancy.tables)
+            rows, forks = rows_of(store.snapshots, tenancy.tables), forks_of(tenancy.tables)
+            others = {table_id: table for table_id, table in tenancy.tables.items() if table_id not in forks}
+            places = place_pages(rows, others)
         with stages.measure("recover: kernels"):  # on a new machine they are compiled, on all cores
             for table in tenancy.tables.values():
                 _make_ready(table)
@@ -76,6 +81,7 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> d
             populate(places)
         with stages.measure("recover: snapshot"):
             restored = restore_pages(store.snapshots, tenancy.tables, places)
+            restored |= restore_forks(store.snapshots, tenancy.tables, forks, rows)
             replay.own()
         with stages.measure("recover: replay"):
             for record in store.records():
@@ -122,6 +128,7 @@ class _Replay:
             StagedLedger: self._stage_ledger,
             Stopped: self._stop,
             Unstaged: self._unstage,
+            Forked: lambda record: become(self._table(record.table_id), self._table(record.base_id)),
             Gone: lambda record: tenancy.decisions.remember(record.table_id, record.step_id, record.others),
             Kept: self._keep,
             Schedule: self._schedule,
@@ -141,8 +148,9 @@ class _Replay:
 
     def finish(self) -> None:
         """Go on where the life before ended: what was decided is applied, rounds of moves hold their tables; half a
-        table that was being restored is no table."""
-        for half in [table.table_id for table in self._tenancy.tables.values() if table.restored is not None]:
+        table that was being restored, or forked, is no table."""
+        halves = [table for table in self._tenancy.tables.values() if table.restored or table.forked]
+        for half in [table.table_id for table in halves]:
             self._tenancy.drop(half)
             self._tenancy.log.add(Dropped(half))
         for table_id, token in self._rounds.items():
@@ -160,10 +168,10 @@ class _Replay:
         # A table that could not be filled was dropped, too, and may have been attached anew.
         table_id, tenancy = record.request.view.schema.table_id, self._tenancy
         tenancy.ended = tuple(each for each in tenancy.ended if each != table_id)
-        table = tenancy.attach(record.request)
+        table = tenancy.attach(record.request, base=base_of(tenancy, record.request))
         if record.request.mode == "initialise":
             _make_ready(table)
-        while table.restored is None and not table.fill():
+        while table.restored is None and table.forked is None and not table.fill():
             pass
 
     def _restore(self, record: Restored) -> None:

@@ -33,9 +33,10 @@ from mempool.shard.durable.store import Store
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.capture import ArenaCut
+from mempool.shard.pages.masks import Mask
 from mempool.shard.pages.named_arrays import Blocks
 from mempool.shard.tenancy import Tenancy
-from mempool.types import AttachTable, Envelope, PreparePart, PrepareRequest
+from mempool.types import AttachTable, Envelope, ForkPoint, PreparePart, PrepareRequest
 from mempool.types.caller import Caller, calling
 from mempool.types.running import THREADS, Runner, to_its_end
 
@@ -56,6 +57,7 @@ class Cut:
     Attributes:
         head: The small state.
         kept: Keys of pages that are as they were in the snapshot before.
+        same: Of a fork's pages that were not written to since, nor those of the table that it is a fork of: their keys.
         synced: Ends with the number of the record that it comes behind, once that is durable.
     """
 
@@ -71,6 +73,10 @@ class Cut:
         newest = store.snapshots.newest
         before = frozenset(() if newest is None else newest.pages)
         self.kept: list[bytes] = []
+        self.same: dict[bytes, bytes] = {}
+        self._table_of = {
+            arena: table.table_id for table in tables for arena in table.storage.arenas.values() if not table.lost_pages
+        }
         self._pages: list[_Page] = []
         self.arenas: list[ArenaCut] = []
         try:
@@ -90,13 +96,23 @@ class Cut:
     ) -> None:
         written = None if mark is None else frozenset(arena.written_since(mark).tolist())
         changed: dict[int, bytes] = {}
+        same, base_id = self._same(arena)
         for row_page in np.flatnonzero(arena.page_of >= 0).tolist():
             key, place = page_key(table.table_id, row_page, blocks), int(arena.page_of[row_page])
-            if written is None or place in written or key not in before:
-                changed[place] = key
-            else:
+            if written is not None and place not in written and key in before:
                 self.kept.append(key)
+            elif same is not None and same[row_page]:
+                self.same[key] = page_key(base_id, row_page, blocks)
+            else:
+                changed[place] = key
         self.arenas.append(ArenaCut(arena, changed, page_slots=table.storage.schema.page_slots))
+
+    def _same(self, arena: Arena) -> tuple[Mask | None, int]:
+        """[row pages] which are those of another table, and its id; None: none are known to be."""
+        base = None if arena.forked is None else arena.forked[0]()
+        if base is None or base not in self._table_of:
+            return None, 0
+        return arena.same_pages(), self._table_of[base]
 
     def take(self) -> list[_Page]:
         """Some pages; none: there are no more."""
@@ -123,6 +139,7 @@ def _tables(table: HostedTable) -> Iterator[RecordOf]:
             mode="lost" if lost else "empty",
             ledger=table.ledger.snapshot(),
             pending=table.pending,
+            fork=None if table.fork_of is None else ForkPoint(table_id=table.fork_of),
         )
     )
     if (schedule := table.storage.schedule) is not None and not lost:
@@ -235,6 +252,10 @@ class Taking:
                     snapshot.keep(key)
                 while pages := await self._on_thread("snapshot", lambda _: cut.take()):
                     await self._written(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
+                for key, other in cut.same.items():
+                    while other in cut.same:  # of a fork of a fork
+                        other = cut.same[other]
+                    snapshot.same(key, other)
                 await self._written(lambda: snapshot.finish(cut.head))
         except DataLoss:  # of what was to be written anew from the disk; memory has it
             self._marks.clear()
@@ -252,7 +273,7 @@ class Taking:
 
     def _cut(self) -> Cut | None:
         for table in self._tenancy.tables.values():
-            if table.frozen or table.bytes_to_fill or table.restored is not None or not table.staging.is_empty:
+            if table.frozen or table.bytes_to_fill or table.restored or table.forked or not table.staging.is_empty:
                 return None
         return Cut(self._store, self._tenancy, self._marks)
 

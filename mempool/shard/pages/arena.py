@@ -6,6 +6,7 @@ Values of one byte an element lie in one tensor with their scales, a row in one 
 "values.scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
-from mempool.shard.pages.memory import rows_on
+from mempool.shard.pages.memory import Rows, rows_on
 from mempool.shard.pages.named_arrays import LAST_STEP, SCALES, VALUES, Blocks, NamedArray, packed_layout, row_bytes
 from mempool.types import TableSchema
 from mempool.types.sizes import PAGE_TABLE_BYTES
@@ -50,13 +51,25 @@ class Arena:
         mark: A checkpoint that counts, and ``writes`` at its moment.
         width: Columns of the blocks.
         cut: As ``capture``, for a snapshot of the shard. kept: Likewise, for who reads versions.
+        forked: The arena that this one is a fork of, and ``writes`` of both then: pages that were not written to since
+            are the same.
+
+    Args:
+        of: It is a fork of that one: it holds what that does, with the same pages at the same places, and shares its
+            memory where there is a way. All of that one's memory is shared.
 
     Raises:
         InvalidRequest: There are not enough addresses for all pages that it may come to hold.
     """
 
     def __init__(
-        self, *, schema: TableSchema, blocks: Blocks, arrays: tuple[NamedArray, ...], device: torch.device
+        self,
+        *,
+        schema: TableSchema,
+        blocks: Blocks,
+        arrays: tuple[NamedArray, ...],
+        device: torch.device,
+        of: "Arena | None" = None,
     ) -> None:
         self.blocks = blocks
         self.width = schema.width(blocks)
@@ -75,9 +88,9 @@ class Arena:
             widths[VALUES] = self._packed.row_bytes, torch.uint8
             del widths[SCALES]
         max_rows = schema.num_row_pages * schema.page_slots
-        self._memory = {
+        self._memory: dict[str, Rows] = {
             name: rows_on(device, max_rows=max_rows, width=width, dtype=dtype)
-            for name, (width, dtype) in widths.items()
+            for name, (width, dtype) in (widths if of is None else {}).items()
         }
         self._stores = {name: rows.first(0) for name, rows in self._memory.items()}
         self._paged: dict[str, kernels.Paged] = {}  # as long as rows lie where they do: each request asks for it
@@ -89,6 +102,24 @@ class Arena:
         self.kept: Watcher | None = None
         self.mark: tuple[str, int] | None = None
         self._written_at = torch.from_numpy(np.zeros(schema.num_row_pages, dtype=np.int64)).to(device)
+        self.forked: tuple[weakref.ref[Arena], int] | None = None
+        if of is not None:
+            self._fork(of)
+
+    def _fork(self, of: "Arena") -> None:
+        try:
+            for name, rows in of._memory.items():
+                self._memory[name] = rows.fork()
+        except BaseException:
+            self.close()
+            raise
+        self._capacity, self._free = of._capacity, of._free.copy()
+        self._stores = {name: rows.first(self._capacity * self._page_slots) for name, rows in self._memory.items()}
+        self.page_of[:] = of.page_of
+        self._page_table.copy_(of._page_table)
+        self._writes = of._writes
+        self._written_at.copy_(of._written_at)
+        self.forked = weakref.ref(of), of._writes
 
     @property
     def num_taken(self) -> int:
@@ -98,7 +129,13 @@ class Arena:
     @property
     def num_bytes(self) -> int:
         """Bytes of the pages that memory was taken for, and of the page table; addresses that are reserved are none."""
-        return self._capacity * self.page_bytes + len(self.page_of) * PAGE_TABLE_BYTES
+        orphaned = sum(rows.orphan_bytes for rows in self._memory.values())
+        return self._capacity * self.page_bytes + len(self.page_of) * PAGE_TABLE_BYTES + orphaned
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of its pages that are the memory of one that it was forked of; any thread may ask."""
+        return sum(rows.shared_bytes for rows in self._memory.values())
 
     @property
     def page_bytes(self) -> int:
@@ -183,9 +220,18 @@ class Arena:
             for watcher in (self.cut, self.capture, self.kept):
                 if watcher is not None:
                     watcher.save(changing)
+        for memory in self._memory.values():
+            if memory.shares:
+                self._keep_for_forks(rows if rows is not None else self._rows_of(touched))
+                break
         self._writes += 1
         self._written_at.index_fill_(0, touched, self._writes)
         yield
+
+    def _keep_for_forks(self, rows: Tensor) -> None:
+        numbers = rows.numpy()
+        for memory in self._memory.values():
+            memory.before_write(numbers)
 
     @property
     def writes(self) -> int:
@@ -196,6 +242,19 @@ class Arena:
         """Arena pages that were written to since ``writes`` was that, ascending."""
         written: PageNumbers = (self._written_at > writes).nonzero()[:, 0].cpu().numpy()
         return written
+
+    def same_pages(self) -> npt.NDArray[np.bool_]:
+        """[row pages] bool: of a fork, those that are here and were not written to since, nor were those that it is a
+        fork of: they are the same."""
+        base = None if self.forked is None else self.forked[0]()
+        here: npt.NDArray[np.bool_] = self.page_of >= 0
+        if base is None or self.forked is None:
+            return np.zeros_like(here)
+        same: npt.NDArray[np.bool_] = here & (self.page_of == base.page_of)
+        for arena in (self, base):
+            written = (arena._written_at > self.forked[1]).cpu().numpy()
+            same[here] &= ~written[self.page_of[here]]
+        return same
 
     def _rows_of(self, pages: Tensor) -> Tensor:
         return ((pages[:, None] << self._page_shift) + torch.arange(self._page_slots, device=pages.device)).view(-1)
@@ -277,6 +336,18 @@ class Arena:
         """Arena pages that are not published any more."""
         self._free = np.sort(np.append(self._free, arena_pages))[::-1]
         self._freed += len(arena_pages)
+
+    def share(self, num_bytes: int) -> int:
+        """Get ready to be forked, as ``Rows.share``: about so many bytes at a time; 0: it is."""
+        for rows in self._memory.values():
+            if moved := rows.share(num_bytes):
+                return moved
+        return 0
+
+    def close(self) -> None:
+        """Nobody reads or writes it any more; forks of it go on. Repeatable."""
+        for rows in self._memory.values():
+            rows.close()
 
     def populate(self) -> None:
         """Have memory behind all pages there are: see ``Rows``."""

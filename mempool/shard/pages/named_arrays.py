@@ -16,6 +16,7 @@ from torch import Tensor
 from mempool import kernels
 from mempool.shard.steps.optimizers import state_arrays
 from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
+from mempool.types.keys.key_table import key_seed
 
 Blocks = tuple[int, ...]
 """Column blocks, ascending."""
@@ -36,9 +37,6 @@ VALUE_DTYPES = {
     "int8": torch.float32,
 }
 """What values are read and written as."""
-
-_KEY_STREAM = 0x9E3779B97F4A7C15
-"""Keys come from the values' generator under another seed: a key is no copy of its value's first columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +136,8 @@ def row_bytes(schema: TableSchema, blocks: Blocks) -> int:
 
 
 def key_dim(schema: TableSchema) -> int:
-    """Width of a flat key, or of both half-keys of a product key together; 0 without keys."""
-    return schema.keys.key_dim if schema.keys is not None else 0
+    """Width of a flat key, or of both half-keys of a product key together; 0 where none are kept beside the values."""
+    return schema.keys.key_dim if isinstance(schema.keys, FlatKeySpec | ProductKeySpec) else 0
 
 
 def half_keys(schema: TableSchema) -> int:
@@ -177,8 +175,9 @@ def initial_head_keys(schema: TableSchema, head: int, rows: range) -> Tensor:
 
 
 def _initial_keys(schema: TableSchema, rows: range, first: int, end: int) -> Tensor:
-    seed = (schema.seed ^ _KEY_STREAM) & (2**63 - 1)
-    return kernels.initial_values(seed, rows.start, len(rows), first, end - first, 1.0 / math.sqrt(key_dim(schema)))
+    return kernels.initial_values(
+        key_seed(schema.seed), rows.start, len(rows), first, end - first, 1.0 / math.sqrt(key_dim(schema))
+    )
 
 
 def _block_widths(schema: TableSchema, blocks: Blocks) -> Columns:

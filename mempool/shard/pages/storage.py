@@ -33,13 +33,17 @@ from mempool.shard.pages.named_arrays import (
     packed_sums,
     row_bytes,
 )
+from mempool.shard.pages.scoring import best, filled_up, no_candidates, score_sections
 from mempool.shard.reading.keeper import Keeper
 from mempool.shard.reading.moments import Moments
 from mempool.shard.steps.optimizers import dense_schedule, id_dtype, step_names
-from mempool.types import PageHeat, Placement, ProductKeySpec, TableSchema
+from mempool.types import FlatKeySpec, OwnKeySpec, PageHeat, Placement, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
 from mempool.types.running import Clock
 from mempool.types.sizes import PAGE_TABLE_BYTES, owned_bytes
+
+_CAUGHT_UP_AT_ONCE = 2**16
+"""Slots, where all of them are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class Storage:
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
             up to its last step, the table's version, before anybody reads or changes them.
+        all_caught_up_to: The step up to which all slots here have no missed step; None: it is not known.
         tell_caught_up: Told which slots were, for a reader, and whether a step of them is to follow: several steps at
             once round otherwise than one by one, so whoever makes the table again does the same at the same version.
             None: nobody does.
@@ -130,6 +135,7 @@ class Storage:
         self.keys_mark: tuple[str, int] | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.crowded: Callable[[], bool] = lambda: False
+        self.all_caught_up_to: int | None = None
         self.moments = Moments(self, keeper)
 
     # Ownership
@@ -137,6 +143,7 @@ class Storage:
     def own(self, placement: Placement) -> None:
         """Take over what a placement says. The arenas must fit it already, but for what is lost."""
         self.on_change()
+        self.all_caught_up_to = None
         self.moments.end("its pages have moved; what was pinned before does not go with them")
         self.owned = placement.owners == self.shard
         self.key_owned = placement.key_owners == self.shard
@@ -157,6 +164,7 @@ class Storage:
         self.on_change()
         self.moments.end("its pages were lost")
         self.lost, self.key_lost = self.owned.copy(), self.key_owned.copy()
+        self.close()
         self.arenas.clear()
         self._lanes = ()
         self.heads, self.head_keys = (), self.head_keys[:0].clone()
@@ -170,6 +178,11 @@ class Storage:
     @property
     def num_bytes(self) -> int:
         return sum(arena.num_bytes for arena in self.arenas.values()) + self.head_keys.nbytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a fork: bytes that are another's memory still; any thread may ask."""
+        return sum(arena.shared_bytes for arena in list(self.arenas.values()))
 
     @property
     def load(self) -> float:
@@ -220,7 +233,15 @@ class Storage:
 
     def drop_idle_arenas(self) -> None:
         """Free arenas that no page lies in, staged or owned."""
+        for arena in self.arenas.values():
+            if not arena.num_taken:
+                arena.close()
         self.arenas = {blocks: arena for blocks, arena in self.arenas.items() if arena.num_taken}
+
+    def close(self) -> None:
+        """Nobody asks for it any more; forks of it go on. Repeatable."""
+        for arena in self.arenas.values():
+            arena.close()
 
     def shrink_arenas(self) -> None:
         """Shrink arenas that are mostly empty. Rows move: not while a prepared step knows where they lie."""
@@ -259,6 +280,7 @@ class Storage:
     def begin_at(self, version: int) -> None:
         """Nothing of the table is here but pages on their way, which come with this version."""
         self.schedule = dense_schedule(self.schema, version=version, device=self.device)
+        self.all_caught_up_to = None
 
     def catch_up(self, ids: Tensor, *, for_step: bool = False) -> None:
         """Do what these slots [M] have missed of a dense optimizer's steps. for_step: a step of them is to follow."""
@@ -278,6 +300,15 @@ class Storage:
         page_slots = torch.arange(self.schema.page_slots, device=self.device)
         for row_page in row_pages.tolist() if self.schedule is not None else ():
             self.catch_up(row_page * self.schema.page_slots + page_slots)
+
+    def catch_up_all(self) -> None:
+        """Do what all slots here have missed of a dense optimizer's steps; once, where no step comes between."""
+        if self.schedule is not None and self.all_caught_up_to != self.schedule.last_step:
+            pages = torch.from_numpy(np.flatnonzero((self.owned & ~self.lost).any(axis=1))).to(self.device)
+            slots = torch.arange(self.schema.page_slots, device=self.device)
+            for some in torch.split(pages, max(1, _CAUGHT_UP_AT_ONCE >> self.schema.page_shift)):
+                self.catch_up(((some[:, None] << self.schema.page_shift) + slots).view(-1))
+            self.all_caught_up_to = self.schedule.last_step
 
     def pooled(
         self, bags: Bags, dtype: torch.dtype = torch.float32, *, for_step: bool = False, out: Tensor | None = None
@@ -326,28 +357,37 @@ class Storage:
             weight_grad_L.add_(kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW)))
         return weight_grad_L
 
+    @property
+    def scored_heads(self) -> tuple[int, ...]:
+        """The heads that ``score`` answers."""
+        keys = self.schema.keys
+        if isinstance(keys, ProductKeySpec):
+            return self.heads
+        return tuple(range(keys.sections)) if isinstance(keys, OwnKeySpec) else (0,)
+
     def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """Heads answered, scores [B, H, K] float32 and ids [B, H, K] int64, best first."""
-        deterministic = self.schema.keys is None or self.schema.keys.deterministic
-        if isinstance(self.schema.keys, ProductKeySpec):
+        if isinstance(self.schema.keys, OwnKeySpec):
+            scores, ids = score_sections(self, self.schema.keys, queries_BHD, topk)
+            return self.scored_heads, scores, ids
+        keys = self.schema.keys
+        deterministic = not isinstance(keys, FlatKeySpec | ProductKeySpec) or keys.deterministic
+        if isinstance(keys, ProductKeySpec):
             if not self.heads:
-                return (), *_no_candidates((queries_BHD.shape[0], 0, topk), self.device)
+                return (), *no_candidates((queries_BHD.shape[0], 0, topk), self.device)
             queries = queries_BHD[:, list(self.heads)].contiguous()
             scores, ids = kernels.product_topk(
                 queries, self.head_keys, topk, self.schema.stride, deterministic=deterministic
             )
             return self.heads, scores, ids
-        scores, ids = _no_candidates((queries_BHD.shape[0], 0), self.device)
+        scores, ids = no_candidates((queries_BHD.shape[0], 0), self.device)
         for lane in self._lanes:
             if lane.arena.has(KEYS):
-                keys = lane.arena.paged(KEYS)
+                paged = lane.arena.paged(KEYS)
                 queries = queries_BHD[:, 0].contiguous()
-                found = kernels.flat_topk(queries, keys, topk, self.schema.num_slots, deterministic=deterministic)
+                found = kernels.flat_topk(queries, paged, topk, self.schema.num_slots, deterministic=deterministic)
                 scores, ids = best(torch.cat((scores, found[0]), 1), torch.cat((ids, found[1]), 1), topk)
-        lacking = topk - scores.shape[1]
-        if lacking > 0:
-            none = _no_candidates((queries_BHD.shape[0], lacking), self.device)
-            scores, ids = torch.cat((scores, none[0]), 1), torch.cat((ids, none[1]), 1)
+        scores, ids = filled_up(scores, ids, topk)
         return (0,), scores.unsqueeze(1), ids.unsqueeze(1)
 
     def row_blocks(self, name: str) -> Blocks:
@@ -450,15 +490,3 @@ class Storage:
     def _copies(self, array: NamedArray, blocks: Blocks) -> list[tuple[slice, slice]]:
         """Ranges of a row of all blocks owned, and those of a row of ``blocks`` that belong there."""
         return array.copies(blocks, into=self.row_blocks(array.name), out_of=blocks)
-
-
-def best(scores_BK: Tensor, ids_BK: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The best ``topk`` candidates by (score descending, id ascending)."""
-    by_id = ids_BK.argsort(dim=1, stable=True)
-    order = by_id.gather(1, scores_BK.gather(1, by_id).argsort(dim=1, descending=True, stable=True))[:, :topk]
-    return scores_BK.gather(1, order), ids_BK.gather(1, order)
-
-
-def _no_candidates(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
-    return scores, torch.full(shape, -1, dtype=torch.int64, device=device)

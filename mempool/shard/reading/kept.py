@@ -7,6 +7,8 @@ itself. When a moment is forgotten the one before it takes over what it needs.
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -165,6 +167,23 @@ class KeptRows:
             found[copied] = self._copies[name][places[copied]]
             read[name] = found
         return read
+
+    def values_at(self, moment: int, rows: npt.NDArray[np.int64]) -> Tensor | None:
+        """The values of these arena rows [M] at that moment, on the CPU: new memory [M, width], as they are stored;
+        None where all are as they were. As ``find`` and ``read``: of a few rows, tensors take longer than copies."""
+        places: npt.NDArray[np.int32] | None = None
+        for number, copy_of in self._copy_of.items():
+            if number >= moment and copy_of is not None:
+                found = copy_of.numpy()[rows]
+                places = found if places is None else np.where(places < 0, found, places)
+        if places is None or places.max() < 0:
+            return None
+        copies, copied = self._copies[VALUES], np.flatnonzero(places >= 0)
+        if len(copied) == len(rows):
+            return copies.index_select(0, torch.from_numpy(places))
+        values = self._arena.stores[VALUES].index_select(0, torch.from_numpy(rows))
+        then = copies.index_select(0, torch.from_numpy(places[copied]))
+        return values.index_copy_(0, torch.from_numpy(copied), then)
 
     def _take(self, count: int) -> "Tensor | slice":
         """Places for so many copies: side by side where none were given back."""

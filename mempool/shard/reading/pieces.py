@@ -6,6 +6,7 @@ import torch
 
 from mempool.shard.pages.storage import Storage
 from mempool.shard.work.pace import BAG_ROWS
+from mempool.types import FlatKeySpec, OwnKeySpec, ProductKeySpec
 from mempool.types.bags import Bags
 
 SCORE_PIECE_PRODUCTS = 2**32
@@ -23,7 +24,9 @@ def queries_at_once(storage: Storage, topk: int) -> int:
 def _products(storage: Storage, topk: int) -> tuple[int, int]:
     """Products that one query takes, of all heads here, and the candidates that it chooses among by them."""
     schema = storage.schema
-    if schema.keys is None:
+    if isinstance(schema.keys, OwnKeySpec):
+        return schema.keys.sections * schema.keys.rows * schema.value_dim, 0
+    if not isinstance(schema.keys, FlatKeySpec | ProductKeySpec):
         return 0, 0
     if schema.num_key_pages:
         _, _, half_keys, half_dim = storage.head_keys.shape

@@ -19,10 +19,11 @@ from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.named_arrays import KEYS, LAST_STEP, SCALES, VALUES
 from mempool.shard.pages.storage import Lane, Storage
+from mempool.shard.reading.arrays import rows_then
 from mempool.shard.reading.kept import KeptRows
 from mempool.shard.reading.moments import Moments
 from mempool.shard.reading.pieces import parts_of
-from mempool.types import PinReply, PinRequest, Stamp
+from mempool.types import OwnKeySpec, PinReply, PinRequest, Stamp
 from mempool.types.bags import Bags
 
 _PIECE_BYTES = 16 * 2**20
@@ -107,6 +108,7 @@ class PinnedStorage(Storage):
 
     def __init__(self, storage: Storage, moment: Moment) -> None:
         self.__dict__.update(storage.__dict__)
+        self._now = storage
         self._moment = moment
         self._moments: Moments = storage.moments
         self._schedule, self.schedule = storage.schedule, None
@@ -121,6 +123,10 @@ class PinnedStorage(Storage):
         out: Tensor | None = None,
     ) -> Tensor:
         """As of ``Storage``. Raises RequestTooLarge for a bag of more rows than are laid side by side."""
+        if (then := self._as_arrays(bags)) is not None:
+            return kernels.weighted_sum(
+                then[0], then[1], bags.weights, bags.offsets, dtype=dtype, out=out, checked=True
+            )
         sums = torch.empty((bags.num_bags, self.width), dtype=dtype, device=self.device) if out is None else out
         row_bytes = max(1, sum(kept.row_bytes for kept in self._kept()))
         for first, end, part in parts_of(bags, lambda: _PIECE_BYTES // row_bytes):
@@ -134,6 +140,15 @@ class PinnedStorage(Storage):
                 part = Bags(ids=ids.to(part.ids.dtype), weights=part.weights, offsets=part.offsets)
             Storage.pooled(storage, part, dtype, out=sums[first:end])
         return sums
+
+    def _as_arrays(self, bags: Bags) -> tuple[kernels.Paged, Tensor] | None:
+        """Rows as they were, and the bags' ids there, of the usual few on a CPU."""
+        if self._now.array_rows is None or bags.ids.dtype != torch.int32:
+            return None
+        if not 0 < bags.num_pairs * self._kept()[0].row_bytes <= _PIECE_BYTES:
+            return None
+        then = rows_then(self._now, self._moment, bags.ids.numpy())
+        return None if then is None else (then[0], torch.from_numpy(then[1]))
 
     def read(self, name: str, ids_M: Tensor) -> Tensor:
         """As of ``Storage``; of values, their scales and keys alone."""
@@ -149,8 +164,10 @@ class PinnedStorage(Storage):
 
     def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """As of ``Storage``."""
-        flat = [lane for lane in self._lanes if lane.arena.has(KEYS)]
-        if not any(self._moments.kept(lane.arena).any_copied(self._moment.number) for lane in flat):
+        own = isinstance(self.schema.keys, OwnKeySpec)
+        flat = [lane for lane in self._lanes if own or lane.arena.has(KEYS)]
+        late = own and self._schedule is not None  # of which all rows have to be brought to that step
+        if not late and not any(self._moments.kept(lane.arena).any_copied(self._moment.number) for lane in flat):
             return Storage.score(self, queries_BHD, topk)
         return Storage.score(self._with(self._pieces(flat)), queries_BHD, topk)
 

@@ -30,6 +30,7 @@ from mempool.shard.pages.named_arrays import (
 )
 from mempool.shard.pages.storage import Storage
 from mempool.types import PageBatch, TableSchema, TableSource
+from mempool.types.keys import is_key_table
 
 ROWS_BYTES = 4 * 2**20
 """Of the file's rows that are in memory together."""
@@ -105,6 +106,10 @@ def _pieces(schema: TableSchema, rows: tuple[int, ...]) -> Iterator[tuple[int, r
 def _put_values(
     file: FileSource, schema: TableSchema, array: NamedArray, blocks: Blocks, slots: range, into: dict[str, Tensor]
 ) -> None:
+    if is_key_table(schema):
+        keys = file.own_keys(schema, slots)
+        into[VALUES][:] = initial_columns(array, slots, 0, schema.value_dim) if keys is None else keys
+        return
     every = tuple(range(schema.num_blocks))
     columns = array.copies(blocks, into=blocks, out_of=every)
     coded = file.coded(schema, slots.start, len(slots))

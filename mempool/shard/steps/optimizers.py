@@ -20,7 +20,7 @@ from mempool.kernels import (
     OptimizerStep,
     RandomRounding,
 )
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
+from mempool.types import FlatKeySpec, OptimizerSpec, OwnKeySpec, ProductKeySpec, TableSchema
 
 _ACCUMULATORS = ("sum", "row_sum")
 
@@ -84,17 +84,23 @@ def id_dtype(schema: TableSchema) -> torch.dtype:
 def kernel_needs(schema: TableSchema, device: torch.device) -> Needs:
     """Which kernels a table of this schema needs on a shard."""
     step = optimizer_step(schema, lr=0.0, grad_scale=1.0, number=1)
-    keys = schema.keys
     return Needs(
         element=schema.dtype,
         algorithm=step.algorithm,
         plain=step.plain,
         master=schema.master,
         dense=schema.optimizer.dense,
-        keys="product" if isinstance(keys, ProductKeySpec) else "flat" if isinstance(keys, FlatKeySpec) else "",
+        keys=_scored(schema),
         device=device.type,
         ids="int32" if id_dtype(schema) == torch.int32 else "int64",
     )
+
+
+def _scored(schema: TableSchema) -> Literal["", "product", "flat"]:
+    """What its queries are scored against here."""
+    if isinstance(schema.keys, ProductKeySpec):
+        return "product"
+    return "flat" if isinstance(schema.keys, FlatKeySpec | OwnKeySpec) else ""
 
 
 def _algorithm(optimizer: OptimizerSpec) -> Algorithm:

@@ -11,6 +11,7 @@ from mempool.types.pages import (
     DecidedStep,
     ExportLedger,
     ExportPages,
+    ForkPoint,
     Ledger,
     LedgerEntry,
     LedgerPart,
@@ -56,7 +57,7 @@ from mempool.wire.codecs.mirror import (
 from mempool.wire.codecs.tables import KNOWN_VIEW, SHARD_INFO, SHARD_STATUS, VIEW, VIEW_CHANGE
 from mempool.wire.v1 import shard_pb2 as pb
 
-Mode = Literal["initialise", "empty", "lost", "confirm", "restore"]
+Mode = Literal["initialise", "empty", "lost", "confirm", "restore", "fork", "forked"]
 
 _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
     "initialise": pb.ATTACH_MODE_INITIALISE,
@@ -64,6 +65,8 @@ _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
     "lost": pb.ATTACH_MODE_LOST,
     "confirm": pb.ATTACH_MODE_CONFIRM,
     "restore": pb.ATTACH_MODE_RESTORE,
+    "fork": pb.ATTACH_MODE_FORK,
+    "forked": pb.ATTACH_MODE_FORKED,
 }
 
 
@@ -105,6 +108,7 @@ class AttachView:
     ledger: Ledger | None = None
     pending: bool = False
     source: TableSource | None = None
+    fork: ForkPoint | None = None
     known: KnownView | None = None
 
 
@@ -232,12 +236,14 @@ class PageBatchCodec:
         return header
 
 
+FORK_POINT = Mirror(pb.ForkPoint, ForkPoint)
 _LEDGER = Functions(ledger_message, ledger_value)
 _ATTACHED: dict[str, Converter] = {
     "view": VIEW,
     "mode": Choice(_MODES),
     "ledger": _LEDGER,
     "source": Mirror(pb.TableSource, TableSource),
+    "fork": FORK_POINT,
 }
 
 
@@ -246,7 +252,7 @@ class _AttachViews(Mirror[AttachView, pb.AttachTableRequest]):
 
     def __init__(self) -> None:
         parts = {**_ATTACHED, "known": KNOWN_VIEW}
-        optional = ("view", "known", "ledger", "source")
+        optional = ("view", "known", "ledger", "source", "fork")
         super().__init__(pb.AttachTableRequest, AttachView, parts, optional=optional)
 
     def to_message(self, value: AttachView) -> pb.AttachTableRequest:
@@ -275,7 +281,7 @@ class _SetViews(Mirror[SetView, pb.SetViewRequest]):
 
 
 ATTACHED = ProtoCodec(
-    Mirror(pb.AttachTableRequest, AttachTable, _ATTACHED, optional=("ledger", "source"), left_out=("known",))
+    Mirror(pb.AttachTableRequest, AttachTable, _ATTACHED, optional=("ledger", "source", "fork"), left_out=("known",))
 )
 """What was attached, whole: for who keeps it."""
 ATTACH_TABLE_REQUEST: ProtoCodec[AttachView, pb.AttachTableRequest] = ProtoCodec(_AttachViews())

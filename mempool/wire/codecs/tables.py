@@ -11,6 +11,7 @@ from mempool.placement.changes import KnownView, ViewChange
 from mempool.types.pool import (
     CheckpointProgress,
     DropTable,
+    ForkTable,
     PinStatus,
     PoolStatus,
     RescaleProgress,
@@ -30,13 +31,16 @@ from mempool.types.pool import (
 from mempool.types.schema import (
     Algorithm,
     FlatKeySpec,
+    KeySpec,
     Layout,
     OptimizerSpec,
+    OwnKeySpec,
     Placement,
     ProductKeySpec,
     Rounding,
     StorageDtype,
     TableSchema,
+    TrainedKeySpec,
     default_rounding,
 )
 from mempool.types.schema_checks import check_schema
@@ -160,6 +164,16 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
             heads=value.keys.heads, key_dim=value.keys.key_dim, deterministic=value.keys.deterministic
         )
         message.product_keys.CopyFrom(product)
+    elif isinstance(value.keys, TrainedKeySpec):
+        trained = table_pb2.TrainedKeySpec(
+            key_dim=value.keys.key_dim,
+            heads=value.keys.heads,
+            product=value.keys.product,
+            optimizer=optimizer_message(value.keys.optimizer),
+        )
+        message.trained_keys.CopyFrom(trained)
+    elif isinstance(value.keys, OwnKeySpec):
+        message.own_keys.CopyFrom(table_pb2.OwnKeySpec(sections=value.keys.sections, rows=value.keys.rows))
     elif value.keys is not None:
         flat = table_pb2.FlatKeySpec(key_dim=value.keys.key_dim, deterministic=value.keys.deterministic)
         message.flat_keys.CopyFrom(flat)
@@ -169,13 +183,24 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
 def schema_value(message: table_pb2.TableSchema) -> TableSchema:
     """Raises InvalidRequest for whatever ``mempool.config`` would refuse: foreign clients lack that."""
     require(message, "optimizer")
-    keys: ProductKeySpec | FlatKeySpec | None = None
+    keys: KeySpec | None = None
     if message.HasField("product_keys"):
         product = message.product_keys
         keys = ProductKeySpec(heads=product.heads, key_dim=product.key_dim, deterministic=_deterministic(product))
     elif message.HasField("flat_keys"):
         flat = message.flat_keys
         keys = FlatKeySpec(key_dim=flat.key_dim, deterministic=_deterministic(flat))
+    elif message.HasField("trained_keys"):
+        trained = message.trained_keys
+        require(trained, "optimizer")
+        keys = TrainedKeySpec(
+            key_dim=trained.key_dim,
+            optimizer=optimizer_value(trained.optimizer),
+            product=trained.product,
+            heads=trained.heads,
+        )
+    elif message.HasField("own_keys"):
+        keys = OwnKeySpec(sections=message.own_keys.sections, rows=message.own_keys.rows)
     dtype = choice(_STORAGE_DTYPE_NAMES, message.dtype, "TableSchema.dtype")
     rounding = default_rounding(dtype, master=message.master)
     if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:
@@ -389,6 +414,10 @@ CHECKPOINT_REPLY = ProtoCodec(
 RESTORE_REQUEST = ProtoCodec(Mirror(pool_pb2.RestoreRequest, RestoreTables, {"schema": SCHEMA}, optional=("schema",)))
 RESTORE_REPLY: ProtoCodec[tuple[TableView, ...], pool_pb2.RestoreReply] = ProtoCodec(
     Only(pool_pb2.RestoreReply, "views", Several(VIEW))
+)
+FORK_TABLE_REQUEST = ProtoCodec(Mirror(pool_pb2.ForkTableRequest, ForkTable), MAX_SMALL_BYTES)
+FORK_TABLE_REPLY: ProtoCodec[TableView, pool_pb2.ForkTableReply] = ProtoCodec(
+    Only(pool_pb2.ForkTableReply, "view", VIEW)
 )
 GET_STATUS_REQUEST: ProtoCodec[None, pool_pb2.GetStatusRequest] = ProtoCodec(
     Only(pool_pb2.GetStatusRequest), MAX_SMALL_BYTES

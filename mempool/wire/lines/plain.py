@@ -245,7 +245,7 @@ class GatherRequests(_Plain):
     name = "GatherRequest"
 
     def _written(self, value: GatherRequest, narrow_ids: bool) -> Parts:
-        if value.bags is None and not value.pin and (parts := _usual_gather(value)) is not None:
+        if value.bags is None and (parts := _usual_gather(value)) is not None:
             return parts
         return _packed(
             _GATHER.pack(
@@ -288,12 +288,14 @@ def _usual_gather(value: GatherRequest) -> Parts | None:
     if number is None or not num_ids or not num_offsets:
         return None
     of_weights = _NO_TENSOR if weights is None else (_FLOAT32, 1, 0, num_ids, 0)
+    pin = value.pin.encode() if value.pin else b""
     head = _GATHER_HEAD.pack(
-        0, len(release), asked.table_id, asked.epoch, asked.incarnation, asked.table_version, value.lookup_id,
+        len(pin), len(release), asked.table_id, asked.epoch, asked.incarnation, asked.table_version, value.lookup_id,
         value.remember, number, _UINT32, 1, 0, num_ids, 0, *of_weights, _INT64, 1, 0, num_offsets, 0,
     )  # fmt: skip
     if release:
         head += _longs(len(release)).pack(*release)
+    head += pin
     parts: Parts = [head + _PADDING[len(head) % _ALIGNMENT], _bytes_of(ids)]
     odd = num_ids % 2 == 1
     if odd:
@@ -317,10 +319,17 @@ def read_gather(body: Body, *, own: bool = False) -> ArrayGather | None:
         ids_dtype, ids_dims, _, num_ids, _, weights_dtype, weights_dims, _, num_weights, _,
         offsets_dtype, offsets_dims, _, num_offsets, _,
     ) = _GATHER_HEAD.unpack_from(body)  # fmt: skip
-    plain = ids_dtype == _UINT32 and offsets_dtype == _INT64 and (ids_dims, offsets_dims) == (1, 1) and not text_bytes
+    plain = ids_dtype == _UINT32 and offsets_dtype == _INT64 and (ids_dims, offsets_dims) == (1, 1)
     if not plain or sums or not num_ids or not num_offsets:
         return None
-    at, weights = -(-(_GATHER_HEAD.size + 8 * count) // _ALIGNMENT) * _ALIGNMENT, None
+    at, weights, pin = _GATHER_HEAD.size + 8 * count, None, ""
+    if text_bytes:
+        if (text := bytes(body[at : at + text_bytes])).isascii():
+            pin = text.decode()
+        else:
+            return None
+        at += text_bytes
+    at = -(-at // _ALIGNMENT) * _ALIGNMENT
     after_ids = at + 4 * num_ids
     after_ids += -after_ids % _ALIGNMENT
     place = after_ids
@@ -340,7 +349,7 @@ def read_gather(body: Body, *, own: bool = False) -> ArrayGather | None:
         weights = np.frombuffer(body, np.float32, num_weights, after_ids)
     ids = np.frombuffer(body, np.uint32, num_ids, at)
     envelope = Envelope(table_id=table_id, epoch=epoch, incarnation=incarnation, table_version=version)
-    return ArrayGather(envelope, lookup_id, ids, weights, offsets, remember, release, own and not remember)
+    return ArrayGather(envelope, lookup_id, ids, weights, offsets, remember, release, own and not remember, pin)
 
 
 def gathered(reply: ArrayGathered) -> Parts:

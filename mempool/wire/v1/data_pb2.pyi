@@ -1136,7 +1136,7 @@ class ScoreRequest(_message.Message):
 
     @_builtins.property
     def queries(self) -> _tensor_pb2.Tensor:
-        """[B, H, key_dim] float32 for product keys, [B, 1, key_dim] for flat keys."""
+        """[B, H, key_dim] float32 for product keys, [B, 1, key_dim] for flat keys; [B, sections, value_dim] of a table of keys."""
 
     def __init__(
         self,
@@ -1170,7 +1170,9 @@ class ScoreReply(_message.Message):
 
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The heads answered: with product keys, those whose key page is here, ascending; with flat keys, 0."""
+        """The heads answered: with product keys, those whose key page is here, ascending; with flat keys, 0;
+        of a table of keys, all sections.
+        """
 
     @_builtins.property
     def scores(self) -> _tensor_pb2.Tensor:

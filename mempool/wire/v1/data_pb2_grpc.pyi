@@ -148,6 +148,12 @@ class MemoryServiceStub:
     """The best keys among those this shard owns, by (score descending, id ascending), before any softmax. Merge the
     candidates of all shards in that order, cut at topk, then take the softmax. Changes nothing.
 
+    Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
+    with product keys, add up what both sections of a head find, as i1 * stride + i2, and take the topk. The gradient of a
+    score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
+    An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
+    step with the table's own.
+
     ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
     """
     Lookup: _grpc.UnaryUnaryMultiCallable[_data_pb2.LookupRequest, _data_pb2.LookupReply]
@@ -271,6 +277,12 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     Score: _aio.UnaryUnaryMultiCallable[_data_pb2.ScoreRequest, _data_pb2.ScoreReply]  # type: ignore[assignment]
     """The best keys among those this shard owns, by (score descending, id ascending), before any softmax. Merge the
     candidates of all shards in that order, cut at topk, then take the softmax. Changes nothing.
+
+    Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
+    with product keys, add up what both sections of a head find, as i1 * stride + i2, and take the topk. The gradient of a
+    score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
+    An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
+    step with the table's own.
 
     ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
     """
@@ -434,6 +446,12 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_data_pb2.ScoreReply, _abc.Awaitable[_data_pb2.ScoreReply]]:
         """The best keys among those this shard owns, by (score descending, id ascending), before any softmax. Merge the
         candidates of all shards in that order, cut at topk, then take the softmax. Changes nothing.
+
+        Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
+        with product keys, add up what both sections of a head find, as i1 * stride + i2, and take the topk. The gradient of a
+        score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
+        An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
+        step with the table's own.
 
         ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
         """

@@ -589,6 +589,68 @@ class RestoreReply(_message.Message):
 Global___RestoreReply: _TypeAlias = RestoreReply  # noqa: Y015
 
 @_typing.final
+class ForkTableRequest(_message.Message):
+    """Asks for a table that is another one as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    NEWEST_ID_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    """The name of the table that there is."""
+    table_id: _builtins.int
+    """Its id: another table may have that name by the time this comes."""
+    name: _builtins.str
+    """What the new one is to be called."""
+    replace: _builtins.bool
+    """It takes the place of a table of that name, which has as many slots and columns, the same optimizer and pages."""
+    newest_id: _builtins.int
+    """Of `replace`, as in RestoreRequest."""
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+        table_id: _builtins.int = ...,
+        name: _builtins.str = ...,
+        replace: _builtins.bool = ...,
+        newest_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "newest_id", b"newest_id", "replace", b"replace", "table", b"table", "table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkTableRequest: _TypeAlias = ForkTableRequest  # noqa: Y015
+
+@_typing.final
+class ForkTableReply(_message.Message):
+    """The table is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIEW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def view(self) -> _table_pb2.TableView:
+        """Its view."""
+
+    def __init__(
+        self,
+        *,
+        view: _table_pb2.TableView | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkTableReply: _TypeAlias = ForkTableReply  # noqa: Y015
+
+@_typing.final
 class GetStatusRequest(_message.Message):
     """Asks for the pool's status."""
 

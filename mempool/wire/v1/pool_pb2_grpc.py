@@ -75,6 +75,11 @@ class PoolServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreReply.FromString,
                 _registered_method=True)
+        self.ForkTable = channel.unary_unary(
+                '/mempool.wire.v1.PoolService/ForkTable',
+                request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.ForkTableRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.ForkTableReply.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/mempool.wire.v1.PoolService/GetStatus',
                 request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.GetStatusRequest.SerializeToString,
@@ -163,6 +168,16 @@ class PoolServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkTable(self, request, context):
+        """Makes a table that is another one as it is now, at one version over all shards, with its optimizer state and step
+        count. They share memory where neither is written to. Steps are held off for a moment, and go on. The pool goes on
+        whatever becomes of the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS
+        afterwards.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error.
         """
@@ -212,6 +227,11 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.Restore,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreReply.SerializeToString,
+            ),
+            'ForkTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkTable,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.ForkTableRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.ForkTableReply.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -436,6 +456,33 @@ class PoolService(object):
             '/mempool.wire.v1.PoolService/Restore',
             mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.PoolService/ForkTable',
+            mempool_dot_wire_dot_v1_dot_pool__pb2.ForkTableRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_pool__pb2.ForkTableReply.FromString,
             options,
             channel_credentials,
             insecure,

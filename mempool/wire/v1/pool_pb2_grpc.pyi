@@ -85,6 +85,12 @@ class PoolServiceStub:
     the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS afterwards, but with
     `replace`. GetStatus tells how far it is. ERROR_CODE_DATA_LOSS where the checkpoint is damaged.
     """
+    ForkTable: _grpc.UnaryUnaryMultiCallable[_pool_pb2.ForkTableRequest, _pool_pb2.ForkTableReply]
+    """Makes a table that is another one as it is now, at one version over all shards, with its optimizer state and step
+    count. They share memory where neither is written to. Steps are held off for a moment, and go on. The pool goes on
+    whatever becomes of the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS
+    afterwards.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetStatusRequest, _pool_pb2.GetStatusReply]
     """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error."""
 
@@ -135,6 +141,12 @@ class PoolServiceAsyncStub(PoolServiceStub):
     """Makes tables of a checkpoint's. When it is answered, every owner has its pages. The pool goes on whatever becomes of
     the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS afterwards, but with
     `replace`. GetStatus tells how far it is. ERROR_CODE_DATA_LOSS where the checkpoint is damaged.
+    """
+    ForkTable: _aio.UnaryUnaryMultiCallable[_pool_pb2.ForkTableRequest, _pool_pb2.ForkTableReply]  # type: ignore[assignment]
+    """Makes a table that is another one as it is now, at one version over all shards, with its optimizer state and step
+    count. They share memory where neither is written to. Steps are held off for a moment, and go on. The pool goes on
+    whatever becomes of the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS
+    afterwards.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetStatusRequest, _pool_pb2.GetStatusReply]  # type: ignore[assignment]
     """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error."""
@@ -231,6 +243,18 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes tables of a checkpoint's. When it is answered, every owner has its pages. The pool goes on whatever becomes of
         the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS afterwards, but with
         `replace`. GetStatus tells how far it is. ERROR_CODE_DATA_LOSS where the checkpoint is damaged.
+        """
+
+    @_abc_1.abstractmethod
+    def ForkTable(
+        self,
+        request: _pool_pb2.ForkTableRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.ForkTableReply, _abc.Awaitable[_pool_pb2.ForkTableReply]]:
+        """Makes a table that is another one as it is now, at one version over all shards, with its optimizer state and step
+        count. They share memory where neither is written to. Steps are held off for a moment, and go on. The pool goes on
+        whatever becomes of the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS
+        afterwards.
         """
 
     @_abc_1.abstractmethod

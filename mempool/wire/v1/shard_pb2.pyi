@@ -52,6 +52,14 @@ class _AttachModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttachMode
     """
     ATTACH_MODE_RESTORE: _AttachMode.ValueType  # 5
     """They are read from `source`. ERROR_CODE_DATA_LOSS where that is damaged; the table is not here then."""
+    ATTACH_MODE_FORK: _AttachMode.ValueType  # 6
+    """They are to be those of `fork`, another table that has them here: the shard gets ready for that. The table is here no
+    more where it is not ATTACH_MODE_FORKED then.
+    """
+    ATTACH_MODE_FORKED: _AttachMode.ValueType  # 7
+    """They are those of `fork` from now on, as they are now, with optimizer state and step count: repeatable.
+    ERROR_CODE_STALE_PLACEMENT where that is not frozen by the round that is named, or is at another version.
+    """
 
 class AttachMode(_AttachMode, metaclass=_AttachModeEnumTypeWrapper):
     """What a shard does about the pages that the view gives it."""
@@ -70,6 +78,14 @@ table is not here.
 """
 ATTACH_MODE_RESTORE: AttachMode.ValueType  # 5
 """They are read from `source`. ERROR_CODE_DATA_LOSS where that is damaged; the table is not here then."""
+ATTACH_MODE_FORK: AttachMode.ValueType  # 6
+"""They are to be those of `fork`, another table that has them here: the shard gets ready for that. The table is here no
+more where it is not ATTACH_MODE_FORKED then.
+"""
+ATTACH_MODE_FORKED: AttachMode.ValueType  # 7
+"""They are those of `fork` from now on, as they are now, with optimizer state and step count: repeatable.
+ERROR_CODE_STALE_PLACEMENT where that is not frozen by the round that is named, or is at another version.
+"""
 Global___AttachMode: _TypeAlias = AttachMode  # noqa: Y015
 
 class _StepState:
@@ -99,6 +115,36 @@ STEP_STATE_PENDING: StepState.ValueType  # 2
 STEP_STATE_DROPPED: StepState.ValueType  # 3
 """It was not decided and never will be."""
 Global___StepState: _TypeAlias = StepState  # noqa: Y015
+
+@_typing.final
+class ForkPoint(_message.Message):
+    """The table of which another one is a fork, and when."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    token: _builtins.str
+    """The round that holds it frozen. Of ATTACH_MODE_FORKED alone."""
+    version: _builtins.int
+    """The version at which it stands still, as its gate has said. Of ATTACH_MODE_FORKED alone."""
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        token: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id", "token", b"token", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkPoint: _TypeAlias = ForkPoint  # noqa: Y015
 
 @_typing.final
 class LedgerEntry(_message.Message):
@@ -202,6 +248,7 @@ class AttachTableRequest(_message.Message):
     PENDING_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     KNOWN_FIELD_NUMBER: _builtins.int
+    FORK_FIELD_NUMBER: _builtins.int
     mode: Global___AttachMode.ValueType
     """What about the pages."""
     pending: _builtins.bool
@@ -226,6 +273,10 @@ class AttachTableRequest(_message.Message):
         is changed, where it does not have it any more, or does not know of this: send the view.
         """
 
+    @_builtins.property
+    def fork(self) -> Global___ForkPoint:
+        """Of ATTACH_MODE_FORK and ATTACH_MODE_FORKED alone."""
+
     def __init__(
         self,
         *,
@@ -235,10 +286,11 @@ class AttachTableRequest(_message.Message):
         pending: _builtins.bool = ...,
         source: Global___TableSource | None = ...,
         known: _table_pb2.KnownView | None = ...,
+        fork: Global___ForkPoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "ledger", b"ledger", "source", b"source", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fork", b"fork", "known", b"known", "ledger", b"ledger", "source", b"source", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "ledger", b"ledger", "mode", b"mode", "pending", b"pending", "source", b"source", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fork", b"fork", "known", b"known", "ledger", b"ledger", "mode", b"mode", "pending", b"pending", "source", b"source", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -143,6 +143,7 @@ class TableStatus(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     PINS_FIELD_NUMBER: _builtins.int
+    SHARED_BYTES_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     name: _builtins.str
@@ -175,6 +176,8 @@ class TableStatus(_message.Message):
     """Token of the round of a move that holds it frozen; "" where none does."""
     load: _builtins.float
     """How many numbers of its values look-ups and updates read and wrote here, told by a sample and halved every minute."""
+    shared_bytes: _builtins.int
+    """Of num_bytes, what is another table's memory still: a fork has none of its own where neither was written to."""
     @_builtins.property
     def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___PinStatus]:
         """Versions of it that are kept, ascending."""
@@ -199,10 +202,11 @@ class TableStatus(_message.Message):
         round: _builtins.str = ...,
         load: _builtins.float = ...,
         pins: _abc.Iterable[Global___PinStatus] | None = ...,
+        shared_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "load", b"load", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "pins", b"pins", "preparing", b"preparing", "round", b"round", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "load", b"load", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "pins", b"pins", "preparing", b"preparing", "round", b"round", "shared_bytes", b"shared_bytes", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -306,6 +306,72 @@ class FlatKeySpec(_message.Message):
 Global___FlatKeySpec: _TypeAlias = FlatKeySpec  # noqa: Y015
 
 @_typing.final
+class TrainedKeySpec(_message.Message):
+    """Keys that are trained in the pool: they are the rows of a table of their own, of the name "NAME:keys", which is made,
+    dropped, saved and restored with this one. Score, Gather and Update name that one; the optimizer's step commits both.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_DIM_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    PRODUCT_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    key_dim: _builtins.int
+    """Width of a query of one head; even with product keys."""
+    heads: _builtins.int
+    """Number of heads; 1 for flat keys."""
+    product: _builtins.bool
+    """Product keys, as in ProductKeySpec: row (2 * head + half) * num_slots / (2 * heads) + i of the other table's num_slots
+    is half-key i of that head and half. Otherwise flat keys: row i is the key of slot i.
+    """
+    @_builtins.property
+    def optimizer(self) -> Global___OptimizerSpec:
+        """What applies the keys' updates."""
+
+    def __init__(
+        self,
+        *,
+        key_dim: _builtins.int = ...,
+        heads: _builtins.int = ...,
+        product: _builtins.bool = ...,
+        optimizer: Global___OptimizerSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "key_dim", b"key_dim", "optimizer", b"optimizer", "product", b"product"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainedKeySpec: _TypeAlias = TrainedKeySpec  # noqa: Y015
+
+@_typing.final
+class OwnKeySpec(_message.Message):
+    """The values of a table are keys, of the table whose TrainedKeySpec it is made for; never in CreateTable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECTIONS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    sections: _builtins.int
+    """The slots are so many ranges of equal length: Score's heads."""
+    rows: _builtins.int
+    """Slots of a section that are keys, from its first on."""
+    def __init__(
+        self,
+        *,
+        sections: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "sections", b"sections"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OwnKeySpec: _TypeAlias = OwnKeySpec  # noqa: Y015
+
+@_typing.final
 class TableSchema(_message.Message):
     """Everything about a table that placement does not change. Fixed when the table is made."""
 
@@ -325,6 +391,8 @@ class TableSchema(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     PRODUCT_KEYS_FIELD_NUMBER: _builtins.int
     FLAT_KEYS_FIELD_NUMBER: _builtins.int
+    TRAINED_KEYS_FIELD_NUMBER: _builtins.int
+    OWN_KEYS_FIELD_NUMBER: _builtins.int
     ROUNDING_FIELD_NUMBER: _builtins.int
     MASTER_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
@@ -367,6 +435,14 @@ class TableSchema(_message.Message):
     def flat_keys(self) -> Global___FlatKeySpec:
         """Flat keys."""
 
+    @_builtins.property
+    def trained_keys(self) -> Global___TrainedKeySpec:
+        """Keys that are trained."""
+
+    @_builtins.property
+    def own_keys(self) -> Global___OwnKeySpec:
+        """It is a table of such keys."""
+
     def __init__(
         self,
         *,
@@ -384,14 +460,16 @@ class TableSchema(_message.Message):
         optimizer: Global___OptimizerSpec | None = ...,
         product_keys: Global___ProductKeySpec | None = ...,
         flat_keys: Global___FlatKeySpec | None = ...,
+        trained_keys: Global___TrainedKeySpec | None = ...,
+        own_keys: Global___OwnKeySpec | None = ...,
         rounding: Global___Rounding.ValueType = ...,
         master: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["flat_keys", b"flat_keys", "keys", b"keys", "optimizer", b"optimizer", "product_keys", b"product_keys"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flat_keys", b"flat_keys", "keys", b"keys", "optimizer", b"optimizer", "own_keys", b"own_keys", "product_keys", b"product_keys", "trained_keys", b"trained_keys"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_dim", b"block_dim", "dtype", b"dtype", "flat_keys", b"flat_keys", "init_std", b"init_std", "keys", b"keys", "layout", b"layout", "master", b"master", "name", b"name", "num_slots", b"num_slots", "optimizer", b"optimizer", "page_slots", b"page_slots", "product_keys", b"product_keys", "rounding", b"rounding", "seed", b"seed", "stride", b"stride", "table_id", b"table_id", "value_dim", b"value_dim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_dim", b"block_dim", "dtype", b"dtype", "flat_keys", b"flat_keys", "init_std", b"init_std", "keys", b"keys", "layout", b"layout", "master", b"master", "name", b"name", "num_slots", b"num_slots", "optimizer", b"optimizer", "own_keys", b"own_keys", "page_slots", b"page_slots", "product_keys", b"product_keys", "rounding", b"rounding", "seed", b"seed", "stride", b"stride", "table_id", b"table_id", "trained_keys", b"trained_keys", "value_dim", b"value_dim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_keys: _TypeAlias = _typing.Literal["product_keys", "flat_keys"]  # noqa: Y015
+    _WhichOneofReturnType_keys: _TypeAlias = _typing.Literal["product_keys", "flat_keys", "trained_keys", "own_keys"]  # noqa: Y015
     _WhichOneofArgType_keys: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_keys) -> _WhichOneofReturnType_keys | None: ...
 

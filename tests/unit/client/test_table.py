@@ -12,7 +12,7 @@ from mempool.client import Pool, Table
 from mempool.client import rows as rows_module
 from mempool.client.routing.slices import WINDOW
 from mempool.errors import InvalidRequest, ShardUnavailable
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
+from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, StepCountReply, StepCountRequest
 from tests.support.faulty import COLUMNS, LAYOUTS, Fault, FaultyPool, make_schema
 
 
@@ -209,6 +209,27 @@ def test_discard_and_prepare_go_through(opened) -> None:  # type: ignore[no-unty
     assert table.discard() == 1
     assert table.prepare() is None
     assert torch.equal(fake.values, before)
+
+
+@pytest.mark.parametrize(("refuses", "count"), [(0, 0), (1, 100), (2, 100)])
+def test_a_step_count_that_was_set_on_some_shards_is_finished_by_who_asks(  # type: ignore[no-untyped-def]
+    opened, monkeypatch: pytest.MonkeyPatch, refuses: int, count: int
+) -> None:
+    fake, table = opened()
+    host = fake.shards[refuses].host
+    served = host.step_count
+
+    async def refuse(request: StepCountRequest) -> StepCountReply:
+        if request.set is not None:
+            raise InvalidRequest("so far and no further")
+        return await served(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "step_count", refuse)
+        with pytest.raises(InvalidRequest, match="no further"):
+            table.set_step(100)
+    assert table.step_count() == count
+    assert [shard.ask("step_count").count for shard in fake.shards] == [count] * 3
 
 
 def test_traffic_is_counted(open_pool) -> None:  # type: ignore[no-untyped-def]

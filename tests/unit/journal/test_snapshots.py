@@ -94,6 +94,55 @@ def test_what_is_read_is_what_was_written_and_old_packs_go(changes: list[dict[in
         assert len([path for path in files.paths() if not path.endswith(".pack")]) == 1
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.dictionaries(st.integers(0, 7), st.one_of(st.none(), st.integers(0, 2)), max_size=8), min_size=1, max_size=8
+    )
+)
+def test_pages_that_are_the_same_lie_at_one_place_until_they_are_not(changes: list[dict[int, int | None]]) -> None:
+    files = _disk(FakeFiles())
+    store, pages = Snapshots(files, "s", owner=OWNER), Pages()
+    for after, change in enumerate(changes):
+        old, pages = pages, dict(pages)
+        for name, version in change.items():
+            pages.pop(b"%d" % name, None)
+            if version is not None:
+                pages[b"%d" % name] = _page(0, version)
+        first: dict[str, bytes] = {}
+        with store.begin(after=after) as snapshot:
+            for key, arrays in pages.items():
+                other = first.setdefault(repr(arrays), key)
+                if old.get(key) == arrays:
+                    snapshot.keep(key)
+                elif other != key:
+                    snapshot.same(key, other)
+                else:
+                    snapshot.write(key, [(name, [data]) for name, data in arrays.items()])
+            snapshot.finish(f"head of {after}".encode())
+        assert _all(store) == pages
+        store = Snapshots(files, "s", owner=OWNER)
+        assert _all(store) == pages
+        assert store.newest is not None
+        used = sum(place.num_bytes for place in set(store.newest.pages.values()))
+        assert store.num_bytes <= 2 * used + 64 * len(pages)
+
+
+def test_a_page_is_the_same_as_one_that_is_there(tmp_path: Path) -> None:
+    store = Snapshots(DiskFiles(), str(tmp_path), owner=OWNER)
+    with store.begin(after=1) as snapshot:
+        snapshot.write(b"one", [("values", [b"abc"])])
+        with pytest.raises(KeyError):
+            snapshot.same(b"two", b"three")
+        snapshot.same(b"two", b"one")
+        with pytest.raises(ValueError, match="already"):
+            snapshot.same(b"two", b"one")
+        snapshot.finish(b"head of 1")
+    assert _all(store) == {b"one": {"values": b"abc"}, b"two": {"values": b"abc"}}
+    assert store.newest is not None
+    assert len(set(store.newest.pages.values())) == 1
+
+
 def test_arrays_of_numpy_come_back_aligned(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     values = random.standard_normal((500, 16), dtype=np.float32)

@@ -1,5 +1,7 @@
 """Compiles every Triton kernel for a Hopper GPU on a machine without one; run as a script, prints a line of JSON each.
 
+    python compile_for_sm90.py ELEMENT:WIDTH ...    # what reads and steps such rows; the rest in any case
+
 The package's own functions are called with tensors on the CPU, and what they would launch is compiled in place of
 being run: with the constants, the options and the alignment of arguments that a launch on a GPU has.
 """
@@ -149,14 +151,13 @@ def not_written(*shape, dtype=torch.float32, device=None):  # noqa: ARG001
     )
 
 
-def cases():
+def cases(rows):
     """Name, function and arguments of every case."""
-    for width in (64, 1024, 4096):
+    for element, width in rows:
         block_dim = 64 if width <= 1024 else width // 4
-        for element in kernels.ELEMENTS:
-            name = f"{element} {width}"
-            yield name, read, (width, element, block_dim)
-            yield name, step, (width, element, block_dim, "rowwise_adagrad", True)
+        name = f"{element} {width}"
+        yield name, read, (width, element, block_dim)
+        yield name, step, (width, element, block_dim, "rowwise_adagrad", True)
     for element in ("float32", "bfloat16", "int8"):
         yield f"{element} 1024", step, (1024, element, 64, "adam")
     for element in ("bfloat16", "int8"):
@@ -183,7 +184,8 @@ def main():
     JITFunction.run = lambda kernel, *args, **options: compiler.launch(kernel, *args, **options)
     torch.empty = not_written
     triton_kernels = kernels.implementation("triton")
-    for case, function, arguments in cases():
+    rows = [(element, int(width)) for element, _, width in (argument.partition(":") for argument in sys.argv[1:])]
+    for case, function, arguments in cases(rows):
         compiler.case = case
         function(triton_kernels, *arguments)
     return 0

@@ -4,6 +4,7 @@
 process of its own, since Triton reads TRITON_INTERPRET once, when it is imported.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -72,11 +73,13 @@ def fused_in_the_interpreter():
 @pytest.fixture(scope="session", autouse=True)
 def quicker_interpreter():
     """It prepares the whole language again for each function that a kernel calls; once for each launch is enough. And
-    it makes a table of all dtypes for each dtype that it looks up there."""
+    it makes a table of all dtypes for each dtype that it looks up there, and checks and wraps the few shapes that there
+    are again for each value."""
     if "triton:cpu" not in CHOSEN:
         yield
         return
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     prepare, look_up = interpreter._patch_lang, interpreter._get_np_dtype
@@ -93,18 +96,44 @@ def quicker_interpreter():
             known[element.name] = look_up(element)
         return known[element.name]
 
+    make_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
+    shapes: dict[tuple, tuple] = {}
+    wrapped: dict[tuple, tuple] = {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, *[side.value if isinstance(side, tl.constexpr) else side for side in shape]
+        if key not in shapes:
+            make_type(self, element_ty, shape)
+            shapes[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = shapes[key]
+
+    def tensor(self, handle, type):
+        shape = tuple(type.shape.values) if type.is_block() else ()
+        if shape not in wrapped:
+            wrapped[shape] = tl.tuple([tl.constexpr(side) for side in shape]), tl.constexpr(math.prod(shape))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = wrapped[shape]
+
+    def broadcast_unlike(self, lhs, rhs):
+        alike = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", once)
         patch.setattr(interpreter, "_get_np_dtype", looked_up)
+        patch.setattr(tl.block_type, "__init__", block_type)
+        patch.setattr(tl.tensor, "__init__", tensor)
+        patch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_unlike)
         yield
 
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
     """New memory holds NaN, and whole numbers their largest: what a kernel does not write is no accidental zero."""
-    torch.use_deterministic_algorithms(True)
+    torch._C._set_deterministic_algorithms(True)  # the public call imports torch's compiler, which takes seconds
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 WIDTHS = (1, 3, 36, 65, 100, 256)
 #: Of an arena that is cut into parts.
-CUT_WIDTHS = (1, 36, 65, 130, 600) if INTERPRETED else (*WIDTHS, 7, 31, 127, 130, 600)
+CUT_WIDTHS = (1, 65, 600) if INTERPRETED else (*WIDTHS, 7, 31, 127, 130, 600)
 BLOCK_DIMS = (16, 64, 5, 500)
 
 

@@ -1,8 +1,12 @@
 """A table's kernels are there before it answers: compiled by child processes, loaded here."""
 
+import re
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
+from numba.core.caching import UserProvidedCacheLocator
 from scripts import run_script
 
 from mempool import kernels
@@ -14,8 +18,18 @@ def run(code: str, **environment: str) -> str:
     return "".join(run_script(code, environment, timeout_s=240.0))
 
 
-def test_with_an_empty_cache_no_call_on_a_served_table_waits_for_a_compiler(tmp_path):
+def cache_without(folder: Path, *names: str) -> None:
+    """Where NUMBA_CACHE_DIR is this folder, all is kept that is beside the sources, but these kernels."""
+    for kept in (Path(kernels.__file__).parent / "cpu").rglob("*.nb[ic]"):
+        if not kept.name.startswith(names):
+            place = folder / UserProvidedCacheLocator.get_suitable_cache_subpath(str(kept.parents[1] / "a_module.py"))
+            place.mkdir(exist_ok=True)
+            shutil.copy(kept, place)
+
+
+def test_no_call_on_a_served_table_waits_for_a_compiler(tmp_path):
     """Compiling takes longer than the pool's timeout_s, and happens before the table answers; then nothing compiles."""
+    cache_without(tmp_path, "updates._step_rows", "rows._read_rows")
     said = run(
         """
         import logging, sys
@@ -25,6 +39,9 @@ def test_with_an_empty_cache_no_call_on_a_served_table_waits_for_a_compiler(tmp_
         from grpc_pool import GrpcPoolHere
         from numba.core import event
         from mempool import kernels
+        from mempool.kernels import making, warming
+        needs = kernels.Needs()
+        lacking = making._load(needs, warming.calls_of(needs))  # which takes long, too, on a busy machine
         here = GrpcPoolHere(shards=1)
         pool = mempool.connect(here.address, timeout_s=3)
         table = pool.create_table(
@@ -38,12 +55,13 @@ def test_with_an_empty_cache_no_call_on_a_served_table_waits_for_a_compiler(tmp_
         table.write(torch.tensor([3]), torch.ones(1, 8))
         assert table.rows(torch.tensor([3])).tolist() == [[1.0] * 8]
         assert not recorder.buffer, recorder.buffer
+        assert {"step", "rows"} <= set(lacking), lacking
         pool.close()
         here.close()
         """,
         NUMBA_CACHE_DIR=str(tmp_path),
     )
-    assert "compiling CPU kernels, once per machine: 0 of 10" in said
+    assert re.search(r"compiling CPU kernels, once per machine: 0 of (2|10)\n", said), said  # 10: none was kept
 
 
 def test_a_table_of_any_kind_loads_no_kernel_after_it_was_made():

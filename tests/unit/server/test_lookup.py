@@ -20,11 +20,11 @@ def lookup(pool: mempool.Pool, info: ShardInfo | None = None, **request: object)
     return run(LookupCoordinator(pool.router, info=info).lookup(asked), CALL_S)
 
 
-def test_stamp_and_dtype_are_as_asked() -> None:
+@pytest.mark.parametrize("optimizer", [None, mempool.optim.SGD(0.1)])
+def test_stamp_and_dtype_are_as_asked(optimizer: Any) -> None:
     with mempool.local(shards=2) as pool:
-        pool.create_table(
-            mempool.TableConfig(name="keyed", num_slots=64, value_dim=8, keys=mempool.ProductKeys(heads=1, key_dim=4))
-        )
+        keys = mempool.ProductKeys(heads=1, key_dim=4, optimizer=optimizer)
+        pool.create_table(mempool.TableConfig(name="keyed", num_slots=64, value_dim=8, keys=keys))
         queries = torch.randn(3, 4)
         plain = lookup(pool, table="keyed", queries=queries)
         assert (plain.stamp.shard, plain.stamp.incarnation) == (0, 0)
@@ -58,6 +58,9 @@ def test_what_does_not_fit_is_said() -> None:
     [
         (mempool.ProductKeys(heads=2, key_dim=4), (2, 4), 20, 21),  # 2 x 2 x 16 bytes and a value of 32
         (mempool.FlatKeys(key_dim=4), (4,), 30, 31),  # 64 bytes
+        (mempool.FlatKeys(key_dim=4, optimizer=mempool.optim.SGD(0.1)), (4,), 30, 31),
+        # From two shards, 2 x 12 bytes of each of four sections.
+        (mempool.ProductKeys(heads=2, key_dim=4, optimizer=mempool.optim.SGD(0.1)), (2, 4), 15, 16),
     ],
 )
 def test_an_answer_that_no_message_holds_is_refused_before_any_work(

@@ -355,12 +355,15 @@ def test_a_body_that_is_not_in_the_memory_ends_the_line() -> None:
 
 
 def test_lines_are_bounded_and_all_calls_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    most = now = 0
+    most, now, all_here = 0, 0, asyncio.Event()
 
     async def counts(request: ReadRowsRequest) -> ReadRowsReply:
         nonlocal most, now
         now += 1
         most = max(most, now)
+        if most == MOST_LINES:
+            all_here.set()
+        await asyncio.wait_for(all_here.wait(), 20.0)
         await asyncio.sleep(0.01)
         now -= 1
         return await rows(request)

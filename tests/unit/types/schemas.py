@@ -6,7 +6,15 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema, default_rounding
+from mempool.types import (
+    FlatKeySpec,
+    OptimizerSpec,
+    OwnKeySpec,
+    ProductKeySpec,
+    TableSchema,
+    TrainedKeySpec,
+    default_rounding,
+)
 
 PLAIN = TableSchema(
     table_id=0,
@@ -44,7 +52,17 @@ STRANGE: dict[str, st.SearchStrategy[Any]] = {
     "stride": st.one_of(st.just(10), SIZES),
     "layout": st.sampled_from(["auto", "columns", "rows", "grid"]),
     "keys": st.one_of(
-        st.none(), st.builds(FlatKeySpec, key_dim=U32), st.builds(ProductKeySpec, heads=U32, key_dim=U32)
+        st.none(),
+        st.builds(FlatKeySpec, key_dim=U32),
+        st.builds(ProductKeySpec, heads=U32, key_dim=U32),
+        st.builds(
+            TrainedKeySpec,
+            key_dim=U32,
+            heads=st.one_of(st.just(1), U32),
+            product=st.booleans(),
+            optimizer=st.builds(OptimizerSpec, algorithm=st.just("sgd"), lr=NUMBERS),
+        ),
+        st.builds(OwnKeySpec, sections=U32, rows=SIZES),
     ),
     "rounding": st.sampled_from(["nearest", "stochastic"]),
     "master": st.booleans(),

@@ -11,18 +11,29 @@ from hypothesis import HealthCheck, given, settings
 from mempool.config import FlatKeys, ProductKeys, TableConfig, resolve
 from mempool.controller import Controller
 from mempool.errors import ConfigError, InvalidRequest
+from mempool.optim import SGD
 from mempool.shard import Engine
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, ShardHost, ShardInfo, TableSchema
+from mempool.types import (
+    FlatKeySpec,
+    OptimizerSpec,
+    OwnKeySpec,
+    ProductKeySpec,
+    ShardHost,
+    ShardInfo,
+    TableSchema,
+    TrainedKeySpec,
+)
+from mempool.types.keys import key_table
 from mempool.types.schema_checks import (
     FLAGS,
     HYPER_PARAMETERS,
     KEY_RANGES,
     MAX_BLOCKS,
-    MAX_PAGES,
     RANGES,
     check_schema,
     schema_problems,
 )
+from mempool.types.sizes import MAX_PAGES
 from mempool.wire.channels.loop import run
 from mempool.wire.codecs import tables
 
@@ -35,6 +46,36 @@ NARROW = replace(PLAIN, dtype="int8", rounding="stochastic")
 def test_what_is_plain_is_right() -> None:
     for schema in (PLAIN, PRODUCT, NARROW, replace(NARROW, master=True, rounding="nearest")):
         check_schema(schema)
+
+
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("root", [1, 7, 64, 1000])
+def test_the_table_of_keys_that_are_trained_is_right_too(root: int, product: bool) -> None:
+    keys = TrainedKeySpec(
+        key_dim=6, optimizer=OptimizerSpec(algorithm="sgd", lr=0.5), product=product, heads=3 if product else 1
+    )
+    schema = replace(PLAIN, num_slots=root**2, stride=root, keys=keys)
+    check_schema(schema)
+    made = key_table(schema)
+    assert made is not None
+    check_schema(made)
+    assert (made.name, made.optimizer, made.num_blocks) == ("facts:keys", keys.optimizer, 1)
+    assert isinstance(made.keys, OwnKeySpec)
+    assert made.keys.rows * made.keys.sections <= made.num_slots <= 1.3 * made.keys.rows * made.keys.sections
+    assert key_table(made) is None
+    for wrong in (
+        replace(made, name="facts"),
+        replace(made, name="9:keys"),
+        replace(made, block_dim=1),
+        replace(made, dtype="bfloat16"),
+        replace(made, keys=OwnKeySpec(sections=made.keys.sections, rows=made.num_slots + 1)),
+        replace(made, keys=OwnKeySpec(sections=0, rows=1)),
+        replace(schema, name="facts:keys"),
+        replace(schema, keys=replace(keys, heads=2 if not product else 0)),
+        replace(schema, keys=replace(keys, optimizer=OptimizerSpec(algorithm="sgd", lr=-1.0))),
+    ):
+        with pytest.raises(InvalidRequest):
+            check_schema(wrong)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +172,14 @@ def config_of(schema: TableSchema) -> TableConfig:
     keys: ProductKeys | FlatKeys | None = None
     if isinstance(schema.keys, ProductKeySpec):
         keys = ProductKeys(heads=schema.keys.heads, key_dim=schema.keys.key_dim)
-    elif schema.keys is not None:
+    elif isinstance(schema.keys, TrainedKeySpec):
+        optimizer = SGD(schema.keys.optimizer.lr)
+        keys = (
+            ProductKeys(heads=schema.keys.heads, key_dim=schema.keys.key_dim, optimizer=optimizer)
+            if schema.keys.product
+            else FlatKeys(key_dim=schema.keys.key_dim, optimizer=optimizer)
+        )
+    elif isinstance(schema.keys, FlatKeySpec):
         keys = FlatKeys(key_dim=schema.keys.key_dim)
     same = (
         "name",
@@ -169,12 +217,16 @@ def test_the_wire_and_the_configuration_take_the_same(schema: TableSchema) -> No
         assert schema.num_blocks <= MAX_BLOCKS
         return
     paths = {problem.path for problem in schema_problems(schema)}
+    if isinstance(schema.keys, OwnKeySpec):  # which no configuration says
+        return
+    if isinstance(schema.keys, TrainedKeySpec) and not schema.keys.product:
+        paths -= {("keys", "heads")}
     # A configuration has no stride, and an optimizer's class only what it takes.
     unsaid = {
         ("optimizer", name) for name, rule in HYPER_PARAMETERS.items() if schema.optimizer.algorithm not in rule.of
     }
     unsaid |= {("optimizer", name) for name, of in FLAGS.items() if schema.optimizer.algorithm not in of}
-    if not paths <= {("stride",)} | unsaid:
+    if paths and not paths <= {("stride",)} | unsaid:
         with pytest.raises(ConfigError):
             config_of(schema)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
+from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema, TrainedKeySpec
 from mempool.types.schema_differences import Difference, schema_differences
 
 from .schemas import PLAIN
@@ -31,6 +31,9 @@ def test_each_field_is_named_with_both_values(other: TableSchema, expected: list
 def test_keys_of_one_kind_are_compared_by_field_and_of_two_as_a_whole() -> None:
     wider = replace(KEYED, keys=ProductKeySpec(heads=2, key_dim=16))
     assert list(schema_differences(KEYED, wider)) == [Difference(path="keys.key_dim", first=8, second=16)]
+    trained = replace(PLAIN, keys=TrainedKeySpec(key_dim=8, optimizer=PLAIN.optimizer))
+    faster = replace(PLAIN, keys=TrainedKeySpec(key_dim=8, optimizer=replace(PLAIN.optimizer, lr=0.2)))
+    assert [each.path for each in schema_differences(trained, faster)] == ["keys.optimizer.lr"]
     flat = replace(KEYED, keys=FlatKeySpec(key_dim=8))
     assert list(schema_differences(KEYED, flat)) == [Difference(path="keys", first=KEYED.keys, second=flat.keys)]
 

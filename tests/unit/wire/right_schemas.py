@@ -25,6 +25,15 @@ NUMBERS: Mapping[str, st.SearchStrategy[float]] = {
 }
 
 
+KEY_OPTIMIZERS = st.builds(
+    types.OptimizerSpec,
+    algorithm=st.sampled_from(["adamw"]),
+    lr=NUMBERS["lr"],
+    beta1=NUMBERS["beta1"],
+    dense=st.booleans(),
+)
+
+
 @st.composite
 def schemas(draw: st.DrawFn) -> types.TableSchema:
     """Any that ``check_schema`` takes; with other numbers nothing of the kind travels."""
@@ -46,10 +55,19 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
                 key_dim=st.integers(1, 2048).map(lambda half: 2 * half),
                 deterministic=st.booleans(),
             ),
+            st.builds(
+                types.TrainedKeySpec,
+                key_dim=st.integers(1, 512).map(lambda half: 2 * half),
+                heads=st.integers(1, 4),
+                product=st.just(True),
+                optimizer=KEY_OPTIMIZERS,
+            ),
+            st.builds(types.TrainedKeySpec, key_dim=st.integers(1, 1024), optimizer=KEY_OPTIMIZERS),
         )
     )
     root = draw(st.integers(1, 10))
-    num_slots = root**2 if isinstance(keys, types.ProductKeySpec) else draw(st.integers(1, 100))
+    product = isinstance(keys, types.ProductKeySpec) or getattr(keys, "product", False)
+    num_slots = root**2 if product else draw(st.integers(1, 100))
     value_dim = draw(st.integers(1, 100))
     block_dim = draw(st.integers(1, value_dim))
     given["dense"] = given.get("dense", False) and fine

@@ -296,9 +296,10 @@ CASES: dict[Method[Any, Any], Case] = {
         build(
             AttachView,
             view=views(),
-            mode=st.sampled_from(["initialise", "empty", "lost", "restore"]),
+            mode=st.sampled_from(["initialise", "empty", "lost", "restore", "fork", "forked"]),
             ledger=st.none() | LEDGER,
             source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
+            fork=st.none() | build(types.ForkPoint, table_id=U64, token=TEXT, version=U64),
         )
         | build(AttachView, view=st.none(), mode=st.just("confirm"), known=KNOWN),
         shard_pb2.AttachTableReply,
@@ -443,6 +444,12 @@ CASES: dict[Method[Any, Any], Case] = {
         ),
         pool_pb2.RestoreReply,
         VIEWS,
+    ),
+    methods.FORK_TABLE: (
+        pool_pb2.ForkTableRequest,
+        build(types.ForkTable, table=TEXT, table_id=U64, name=TEXT, replace=st.booleans(), newest_id=U64),
+        pool_pb2.ForkTableReply,
+        views(),
     ),
     methods.GET_STATUS: (
         pool_pb2.GetStatusRequest,

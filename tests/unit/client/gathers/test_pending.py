@@ -153,23 +153,25 @@ def test_an_update_has_its_place_in_the_step_when_it_goes_out(open_table) -> Non
     """However late the loop comes to it: sums are made in the order of updates."""
     _, table = open_table()
     ids, weights = make_inputs()
+    table.gather(ids, weights).sum().backward()  # the first asks whether this process is of a group, on the loop
     _, record = table.link.send_gather(
         Bags(ids.flatten(), weights.detach().flatten(), torch.arange(6) * 4), remember=True
     )
-    busy, go_on = threading.Event(), threading.Event()
+    busy, go_on, let_go = threading.Event(), threading.Event(), []
 
     async def hold_up() -> None:
         busy.set()
-        go_on.wait(BOUND_S)
+        let_go.append(go_on.wait(BOUND_S))
 
     begin(hold_up())
     assert busy.wait(BOUND_S)
     pending = table.link.begin_update(record, torch.ones(5, 12), hold=True)
     try:
-        assert table.pending == 1
+        assert table.pending == 2
     finally:
         go_on.set()
     assert pending.result().shape == (20,)
+    assert let_go == [True]
 
 
 def test_the_graph_is_made_where_the_result_is_taken(open_table) -> None:  # type: ignore[no-untyped-def]

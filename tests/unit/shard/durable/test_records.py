@@ -19,6 +19,7 @@ from mempool.shard.durable.records import (
     Counted,
     Decided,
     Dropped,
+    Forked,
     Gone,
     Held,
     Kept,
@@ -147,6 +148,7 @@ RECORDS: st.SearchStrategy[RecordOf] = st.one_of(
     st.builds(Stopped, _NUMBER, _NUMBER),
     st.builds(Unstaged, _NUMBER),
     st.builds(Gone, _NUMBER, _STEP_ID, _STEPS),
+    st.builds(Forked, _NUMBER, _NUMBER),
     st.builds(
         lambda staged, over: Restored(staged.batch.table_id, None if over else staged.batch), _staged(), st.booleans()
     ),
@@ -225,4 +227,5 @@ def test_numbers_of_kinds_never_change() -> None:
         "Stopped",
         "Unstaged",
         "Gone",
+        "Forked",
     ]

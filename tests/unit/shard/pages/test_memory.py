@@ -144,14 +144,14 @@ def test_memory_that_the_system_refuses_changes_nothing(monkeypatch: pytest.Monk
     rows = _make("reserved")
     rows.resize(100)
     rows.first(100).fill_(4)
-    real = memory._libc()
+    real = memory.libc()
 
     class Refusing:
         def __getattr__(self, name: str) -> Any:
             return (lambda *_: -1) if name == "mprotect" else getattr(real, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "_libc", Refusing)
+        patch.setattr(memory, "libc", Refusing)
         with pytest.raises(InvalidRequest, match=r"the system refuses it.*mempool scale.*Nothing was changed"):
             rows.resize(10_000)
     assert torch.equal(rows.first(100), torch.full((100, 3), 4.0))

@@ -1,0 +1,39 @@
+"""Keys that a table trains, rows of a table of their own, as a file has them beside the values: one tensor."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mempool.checkpoint.exchange.layouts import FLAT_KEYS, HEAD_KEYS, VALUES
+from mempool.checkpoint.format.pages import Pages
+from mempool.checkpoint.format.tensor_file import TensorEntry
+from mempool.checkpoint.reader import StoredTable
+from mempool.types import OwnKeySpec, TableSchema
+
+
+def key_entry(schema: TableSchema) -> TensorEntry:
+    """The tensor of a table of keys: [num_slots, key_dim], or [heads, 2, n, key_dim / 2]."""
+    keys, width = schema.keys, schema.value_dim
+    assert isinstance(keys, OwnKeySpec)
+    if keys.sections == 1:
+        return TensorEntry(name=FLAT_KEYS, dtype="float32", shape=(keys.rows, width))
+    return TensorEntry(name=HEAD_KEYS, dtype="float32", shape=(keys.sections // 2, 2, keys.rows, width))
+
+
+def key_rows(table: StoredTable, *, batch_bytes: int) -> Iterator[Tensor]:
+    """Rows of that tensor, in order, of a table of keys in a checkpoint."""
+    schema = table.state.schema
+    keys, pages = schema.keys, Pages.all(schema)
+    assert isinstance(keys, OwnKeySpec)
+    shape = key_entry(schema).shape[1:]
+    per_row = 1 if keys.sections == 1 else 2 * keys.rows
+    section, at, left = schema.num_slots // keys.sections, 0, torch.empty(0, schema.value_dim)
+    for batch in table.batches(pages, arrays=(VALUES,), batch_bytes=batch_bytes):
+        some = batch.arrays[VALUES][: schema.num_slots - at]
+        slots = torch.arange(at, at + len(some))
+        at += len(some)
+        left = torch.cat((left, some[slots % section < keys.rows]))  # the others fill sections up
+        whole = len(left) // per_row * per_row
+        yield left[:whole].view(-1, *shape)
+        left = left[whole:]

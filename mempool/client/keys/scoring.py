@@ -1,0 +1,55 @@
+"""Top-k of keys that are trained in the pool: scored where they are, section by section. Runs on the IO loop."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mempool.client.keys.layout import KeyLayout
+from mempool.client.routing.attempt import Seen
+from mempool.errors import InvalidRequest, NotFound
+from mempool.types import TableSchema
+from mempool.types.keys import key_table_name
+
+if TYPE_CHECKING:
+    from mempool.client.routing.router import Router
+
+
+class KeyTables:
+    """Finds the tables of keys, by the tables whose keys they have."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, int] = {}
+
+    async def score(
+        self, router: "Router", schema: TableSchema, layout: KeyLayout, queries: Tensor, *, topk: int, timeout_s: float
+    ) -> tuple[Tensor, Tensor, Seen]:
+        """Scores and slot ids [B, H, K] (float32, int64), and the state of the table of keys that was seen.
+
+        Args:
+            router: By which the keys are read.
+            schema: The table whose keys they are.
+            queries: [B, H, D] float32, checked.
+        """
+        parts, count = layout.section_queries(queries).contiguous(), layout.candidates(topk)
+        table_id = self._ids.get(schema.table_id)
+        try:
+            if table_id is None:
+                table_id = await self._opened(router, schema, timeout_s)
+            found = await router.call(table_id, lambda attempt: attempt.score(parts, topk=count), timeout_s=timeout_s)
+        except NotFound:
+            known = self._ids.pop(schema.table_id, None)
+            if known is None or await self._opened(router, schema, timeout_s) == known:
+                raise
+            return await self.score(router, schema, layout, queries, topk=topk, timeout_s=timeout_s)
+        scores, rows, seen = found
+        if bool((rows < 0).any()):
+            raise InvalidRequest(
+                f"table {schema.name!r} has fewer than {count} keys that give a score for every query: others hold NaN "
+                "or inf. Write them anew (write_keys), or restore a checkpoint"
+            )
+        return *layout.chosen(scores, rows, topk), seen
+
+    async def _opened(self, router: "Router", schema: TableSchema, timeout_s: float) -> int:
+        view = await router.open(key_table_name(schema.name), timeout_s=timeout_s)
+        self._ids[schema.table_id] = view.schema.table_id
+        return view.schema.table_id

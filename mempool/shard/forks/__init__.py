@@ -1,0 +1,1 @@
+"""Tables of a shard that begin as another one is at a moment."""

@@ -1,0 +1,67 @@
+"""The table of the keys that a table trains: its rows are the keys, so that they are summed, updated, stepped, moved
+and saved as values are. It is made, dropped, saved and restored with the table whose keys it has.
+"""
+
+import math
+from dataclasses import replace
+
+from mempool.types.schema import OwnKeySpec, TableSchema, TrainedKeySpec
+from mempool.types.sizes import default_page_slots
+
+_SUFFIX = ":keys"
+"""No name of a user's has a colon."""
+_SEED = 0x9E3779B97F4A7C15
+"""Keys come from the values' generator under another seed: a key is no copy of its value's first columns."""
+_LEAST_PAGES = 8
+"""Of a section of product keys: what fills its last page up is little beside it."""
+
+
+def key_table_name(table: str) -> str:
+    """The name of the table of a table's keys."""
+    return table + _SUFFIX
+
+
+def is_key_table(schema: TableSchema) -> bool:
+    """Whether its values are the keys of another table, which it belongs to."""
+    return isinstance(schema.keys, OwnKeySpec)
+
+
+def key_seed(seed: int) -> int:
+    """Of the initial keys of a table of this seed."""
+    return (seed ^ _SEED) & (2**63 - 1)
+
+
+def key_table(schema: TableSchema) -> TableSchema | None:
+    """The schema of the table of a table's keys, ``table_id`` 0; None where it trains none.
+
+    Flat keys: the row of slot i is its key. Product keys: section ``2 * head + half`` has the n half-keys of that half,
+    in order. Sections begin with a page, so that a shard scores each by its own part of the page table.
+    """
+    keys = schema.keys
+    if not isinstance(keys, TrainedKeySpec):
+        return None
+    sections, rows = (2 * keys.heads, math.isqrt(schema.num_slots)) if keys.product else (1, schema.num_slots)
+    width = keys.key_dim // 2 if keys.product else keys.key_dim
+    made = replace(
+        schema,
+        table_id=0,
+        name=key_table_name(schema.name),
+        num_slots=sections * rows,
+        value_dim=width,
+        block_dim=width,
+        page_slots=1,
+        dtype="float32",
+        seed=key_seed(schema.seed),
+        init_std=1.0 / math.sqrt(keys.key_dim),
+        layout="rows",
+        optimizer=keys.optimizer,
+        keys=OwnKeySpec(sections=sections, rows=rows),
+        rounding="nearest",
+        master=False,
+    )
+    page_slots = default_page_slots(made)
+    if sections > 1:
+        page_slots = min(page_slots, 1 << (max(1, rows // _LEAST_PAGES).bit_length() - 1))
+    num_slots = sections * -(-rows // page_slots) * page_slots if sections > 1 else rows
+    root = math.isqrt(num_slots)
+    return replace(made, num_slots=num_slots, page_slots=page_slots, stride=root if root * root == num_slots else 0)

@@ -1,0 +1,305 @@
+"""Keys that train in the pool have one life with their table: made, dropped, saved, restored, read at a version."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mempool
+from mempool import errors
+from mempool.client.training.tables import prepare_tables
+from mempool.nn import MemoryLayer, PoolOptimizer, reading
+from mempool.optim import SGD
+from mempool.wire.channels import loop
+
+from .conftest import Pools
+from .reference import all_rows
+from .test_key_training import KEYS, assert_same, everything_of, train
+
+SIZES: dict[str, Any] = {"num_slots": 8**2, "value_dim": 8, "optimizer": SGD(lr=0.1)}
+
+
+def made(pool: mempool.Pool, kind: str, **config: Any) -> mempool.Table:
+    return pool.create_table(mempool.TableConfig(**{"name": kind, "keys": KEYS[kind], **SIZES, **config}))
+
+
+def names_of(pool: mempool.Pool) -> list[str]:
+    """All tables that there are, those of keys too."""
+    return sorted(view.schema.name for view in pool.status().tables)
+
+
+def test_they_are_made_and_dropped_with_their_table_and_no_tables_of_users(pools: Pools) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "flat")
+        assert names_of(pool) == ["flat", "flat:keys"]
+        assert pool.tables() == (table,)
+        assert table.keys is table.keys
+        assert pool.create_table(mempool.TableConfig(name="flat", keys=KEYS["flat"], **SIZES), exist_ok=True) is table
+        other = mempool.FlatKeys(key_dim=8, optimizer=SGD(lr=0.1))
+        with pytest.raises(errors.AlreadyExists, match=r"keys\.optimizer\.algorithm is 'adagrad'"):
+            pool.create_table(mempool.TableConfig(name="flat", keys=other, **SIZES), exist_ok=True)
+        for ask in (pool.table, pool.drop_table):
+            with pytest.raises(errors.InvalidRequest, match="has the keys of"):
+                ask("flat:keys")
+        before = table.read_keys()
+        train(table)
+        assert not torch.equal(table.read_keys(), before)
+        pool.drop_table("flat")
+        assert names_of(pool) == []
+        again = made(pool, "flat")
+        assert torch.equal(again.read_keys(), before)
+        train(again)
+
+
+def test_a_making_that_is_given_up_leaves_no_keys(pools: Pools) -> None:
+    with pools.fresh(1) as pool:
+        with pytest.raises(errors.InvalidRequest, match="for pages cannot be had"):  # after its keys were made
+            made(pool, "product", num_slots=2**32, value_dim=512)
+        assert names_of(pool) == []
+        made(pool, "product")
+
+
+def test_keys_that_are_left_over_make_room_for_those_of_a_table_of_that_name(tmp_path: Path) -> None:
+    with mempool.local() as pool:
+        before = made(pool, "flat").read_keys()
+        pool.checkpoint(tmp_path)
+
+        def drop_alone() -> None:
+            """As a controller does that dies before it drops the keys."""
+            train(pool.table("flat"))
+            loop.run(pool._api._changes._drop("flat"), timeout_s=30)
+            pool._open.dropped("flat")
+            assert names_of(pool) == ["flat:keys"]
+
+        drop_alone()
+        assert torch.equal(made(pool, "flat").read_keys(), before)
+        drop_alone()
+        (restored,) = pool.restore(tmp_path)
+        assert torch.equal(restored.read_keys(), before)
+        drop_alone()
+        made(pool, "flat", keys=None)
+        assert names_of(pool) == ["flat"]
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_checkpoint_has_them_and_so_has_what_is_restored(pools: Pools, tmp_path: Path, kind: str) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, kind)
+        train(table)
+        saved = everything_of(table)
+        pool.checkpoint(tmp_path / "place", tables=[kind])
+        train(table)
+        keys = table.keys
+        with pytest.raises(errors.AlreadyExists):
+            pool.restore(tmp_path / "place")
+        (copy,) = pool.restore(tmp_path / "place", tables=[kind], name="copy")
+        assert_same(everything_of(copy), saved)
+        (back,) = pool.restore(tmp_path / "place", replace=True)
+        assert back is table
+        assert back.keys is keys
+        assert_same(everything_of(back), saved)
+        for each in (copy, back):
+            torch.manual_seed(1)
+            train(each)
+        assert_same(everything_of(copy), everything_of(back))
+        with pytest.raises(errors.InvalidRequest, match="has the keys of table"):
+            pool.restore(tmp_path / "place", tables=[f"{kind}:keys"])
+        pool.drop_table("copy")
+        assert names_of(pool) == [kind, f"{kind}:keys"]
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_fork_has_them_and_so_has_what_is_reset(pools: Pools, kind: str) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, kind)
+        train(table)
+        before, keys = everything_of(table), table.keys
+        fork = table.fork("fork")
+        assert names_of(pool) == sorted(["fork", "fork:keys", kind, f"{kind}:keys"])
+        assert_same(everything_of(fork), before)
+        for each in (table, fork):
+            torch.manual_seed(2)
+            train(each)
+        assert_same(everything_of(fork), everything_of(table))
+        train(table)
+        moved = everything_of(table)
+        train(fork)
+        assert_same(everything_of(table), moved)
+        table.reset(fork)
+        assert table.keys is keys
+        assert_same(everything_of(table), everything_of(fork))
+        train(table)
+        pool.drop_table("fork")
+        assert names_of(pool) == sorted([kind, f"{kind}:keys"])
+        with pytest.raises(errors.InvalidRequest, match="the table of another one's keys"):
+            keys.fork("other")
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_file_has_them_and_so_has_what_is_imported(pools: Pools, tmp_path: Path, kind: str) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, kind, num_slots=19**2)  # sections of product keys have rows that fill them up
+        train(table)
+        file = tmp_path / "table.safetensors"
+        pool.export_table(kind, file)
+        copy = pool.import_table(file, name="copy")
+        assert copy.schema.keys == table.schema.keys
+        served = getattr(mempool, f"{kind.capitalize()}Keys")(**KEYS[kind].model_dump(exclude={"optimizer", "type"}))
+        config = mempool.TableConfig(name="served", **SIZES | {"num_slots": 19**2}, keys=served)
+        for imported in (copy, pool.import_table(file, config)):
+            assert torch.equal(imported.read_keys(), table.read_keys())
+            assert torch.equal(all_rows(imported), all_rows(table))
+        train(copy)
+        pool.export_table("served", file)
+        back = mempool.TableConfig(name="back", **SIZES | {"num_slots": 19**2}, keys=KEYS[kind])
+        assert torch.equal(pool.import_table(file, back).read_keys(), table.read_keys())
+        bare = mempool.TableConfig(name="bare", **SIZES | {"num_slots": 19**2})
+        pool.create_table(bare)
+        pool.export_table("bare", file)
+        fresh = pool.import_table(file, back.model_copy(update={"name": "fresh", "seed": 0}))
+        assert torch.equal(fresh.read_keys(), made(pool, kind, num_slots=19**2, name="new").read_keys())
+
+
+def test_a_pool_on_a_disk_has_them_again(tmp_path: Path) -> None:
+    with mempool.local(tmp_path / "memory", shards=2) as pool:
+        for kind in KEYS:
+            train(made(pool, kind))
+            train(pool.table(kind))
+        before = {kind: everything_of(pool.table(kind)) for kind in KEYS}
+        shutil.copytree(tmp_path / "memory", tmp_path / "killed")  # what a kill -9 leaves
+    for place in ("killed", "memory"):
+        reopened(tmp_path / place, before)
+
+
+def reopened(place: Path, before: dict[str, dict[str, torch.Tensor]]) -> None:
+    with mempool.local(place, shards=2) as pool:
+        for kind in KEYS:
+            assert_same(everything_of(pool.table(kind)), before[kind])
+            train(pool.table(kind))
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, kind)
+        train(table)
+        queries = torch.randn(5, *((2, 8) if kind == "product" else (8,)), requires_grad=True)
+        expected, keys = table.lookup(queries, 4), table.read_keys()
+        assert pool.snapshot("then") == {kind: 1}
+        with table.at() as seen, table.at("then") as then, table.at(1) as numbered:
+            train(table)
+            for at in (seen, then):
+                for _ in range(2):
+                    found = at.lookup(queries, 4)
+                    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+                    assert torch.equal(at.read_keys(), keys)
+                    train(table)
+            with pytest.raises(errors.InvalidRequest, match=f"table '{kind}:keys' is read at version 1 here"):
+                seen.score(queries, 4).scores.sum().backward()
+            with pytest.raises(errors.InvalidRequest, match="which version of its keys goes with it"):
+                numbered.lookup(queries, 4)
+            layer = MemoryLayer(6, table=table, keys="pool", topk=4)
+            x = torch.randn(3, 6)
+            with torch.no_grad(), reading(layer, seen):
+                first = layer(x)
+                train_later = table.read_keys()
+                assert torch.equal(layer.scoring_keys(), keys)
+            assert torch.equal(layer.scoring_keys(), train_later)
+            assert not torch.equal(layer(x), first)
+        pool.drop_snapshot("then")
+        with pytest.raises(errors.VersionGone):
+            table.at("then")
+
+
+def test_zeroing_and_freezing_reach_the_keys(pools: Pools) -> None:
+    table = pools.table(keys=KEYS["product"], **SIZES)
+    layer = MemoryLayer(6, table=table, keys="pool", topk=4)
+    memory = PoolOptimizer(layer)
+    assert [len(group["params"]) for group in memory.param_groups] == [2, 2]
+
+    def backward() -> None:
+        layer(torch.randn(4, 6)).square().sum().backward()
+
+    backward()
+    assert (table.pending, table.keys.pending) == (1, 1)
+    layer.zero_grad()
+    assert (table.pending, table.keys.pending) == (0, 0)
+    before = everything_of(table)
+    with pytest.warns(UserWarning, match="Step first, then zero"):
+        memory.step()
+    assert_same(everything_of(table), before)
+    layer.pool_keys.requires_grad_(False)
+    backward()
+    assert (table.pending, table.keys.pending) == (1, 0)
+    layer.pool_keys.requires_grad_(True)
+    table.keys.requires_grad_(False)
+    backward()
+    assert (table.pending, table.keys.pending) == (2, 0)
+    table.keys.requires_grad_(True)
+    memory.zero_grad()
+    assert table.pending == 0
+    queries = torch.randn(4, 2, 8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(table.lookup(queries, 3).values.sum() * torch.inf).backward()
+    scaler.step(memory)
+    scaler.update()
+    assert_same(everything_of(table), before)
+    assert (table.pending, table.keys.pending) == (0, 0)
+    table.lookup(queries, 3).values.sum().backward()
+    together = table.prepare(norm_order=3.0)
+    parts = prepare_tables(table.step_links, norm_order=3.0)
+    assert together.updates == 2
+    assert together.squared_norm == pytest.approx(sum(part.squared_norm for part in parts))
+    assert together.norm == pytest.approx(sum(part.norm**3 for part in parts) ** (1 / 3))
+    assert all(part.norm > 0.0 for part in parts)
+    assert table.discard() == 2
+    table.lookup(queries, 3).values.sum().backward()
+    assert table.commit(lr=0.0, keys_lr=0.0) == 2
+    assert torch.equal(table.read_keys(), before["keys"])
+
+
+def test_what_cannot_be_is_refused(pools: Pools) -> None:
+    plain = pools.table(**SIZES)
+    served = pools.table(keys=mempool.FlatKeys(key_dim=8), **SIZES)
+    table = pools.table(keys=KEYS["flat"], **SIZES)
+    for without in (plain, served):
+        with pytest.raises(errors.InvalidRequest, match="trains no keys in the pool"):
+            without.score(torch.randn(2, 8), 3)
+        with pytest.raises(errors.InvalidRequest, match="trains no keys in the pool"):
+            PoolOptimizer([{"table": without}, {"table": without.keys}])
+        with pytest.raises(errors.InvalidRequest, match=r'keys = "pool", and table .* trains no keys'):
+            MemoryLayer(4, table=without, keys="pool")
+        with pytest.raises(errors.InvalidRequest, match=r"keys_lr = 0\.1, and it trains no keys"):
+            without.commit(keys_lr=0.1)
+    for options, message in (
+        ({"keys": "there"}, "keys = 'there': must be \"model\""),
+        ({"keys": "pool", "heads": 2}, "heads = 2, and the keys of table .* have heads = 1"),
+        ({"keys": "pool", "qk_norm": True}, "qk_norm is of keys in the model"),
+        ({"keys": "pool", "key_init_std": 0.0}, "key_init_std is of keys in the model"),
+    ):
+        with pytest.raises(errors.InvalidRequest, match=message):
+            MemoryLayer(4, table=table, topk=4, **options)
+    with pytest.raises(errors.InvalidRequest, match=r"queries has shape \[2, 7\]"):
+        table.score(torch.randn(2, 7), 3)
+    with pytest.raises(errors.InvalidRequest, match="look up in that one"):
+        table.keys.lookup(torch.randn(2, 8), 3)
+    with pytest.raises(errors.ConfigError, match=r"keys\.deterministic = False is of keys that nobody trains"):
+        mempool.TableConfig(
+            name="a", keys={"type": "flat", "key_dim": 4, "deterministic": False, "optimizer": SGD(0.1)}, **SIZES
+        )
+    with pytest.raises(errors.ConfigError, match=r"keys\.optimizer\.lr = -1"):
+        mempool.TableConfig(
+            name="a", keys={"type": "flat", "key_dim": 4, "optimizer": {"type": "sgd", "lr": -1}}, **SIZES
+        )
+    with pytest.raises(errors.ConfigError, match="name"):
+        mempool.TableConfig(name="flat:keys", **SIZES)
+    before = table.read_keys()
+    with pytest.raises(errors.InvalidRequest, match="keys must be finite"):
+        table.write_keys(torch.full((64, 8), torch.nan))
+    assert torch.equal(table.read_keys(), before)
+    table.keys.write([3], torch.full((1, 8), torch.nan))
+    with pytest.raises(errors.InvalidRequest, match="fewer than 64 keys that give a score"):
+        table.score(torch.randn(2, 8), 64)
+    assert all_rows(table).isfinite().all()

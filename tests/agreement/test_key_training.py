@@ -1,0 +1,178 @@
+"""Keys that train in the pool train as keys in the model do with torch's own optimizers, and choose the same slots."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mempool
+from mempool.nn import MemoryLayer, PoolOptimizer
+from mempool.optim import SGD, Adagrad, AdamW
+
+from .conftest import Pools
+from .reference import all_rows, leaf, relative_error
+from .test_lookup import brute_force, integers, product_scores
+
+STEPS, BAGS, TOPK = 12, 24, 5
+HYPER = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
+OPTIMIZERS: dict[str, tuple[Any, Any]] = {
+    "sgd": (SGD(lr=0.5), lambda keys: torch.optim.SGD(keys, lr=0.5)),
+    "adagrad": (Adagrad(lr=0.05), lambda keys: torch.optim.Adagrad(keys, lr=0.05)),
+    "adamw": (AdamW(lr=0.01, dense=True, **HYPER), lambda keys: torch.optim.AdamW(keys, lr=0.01, **HYPER)),
+}
+
+
+KEYS: dict[str, Any] = {
+    "flat": mempool.FlatKeys(key_dim=8, optimizer=Adagrad(lr=0.1)),
+    "product": mempool.ProductKeys(heads=2, key_dim=8, optimizer=AdamW(lr=0.1, dense=True)),
+}
+
+
+def train(table: mempool.Table) -> None:
+    """A step of random queries."""
+    queries = torch.randn(6, *((2, 8) if table.schema.keys.heads == 2 else (8,)))
+    table.lookup(queries, 4).values.square().sum().backward()
+    assert table.commit() == 2
+
+
+def everything_of(table: mempool.Table) -> dict[str, Tensor]:
+    """Values, keys, and the state of the keys' optimizer."""
+    state = table.keys.state(torch.arange(table.keys.num_slots))
+    return {"rows": all_rows(table), "keys": table.read_keys(), **state}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, part in found.items():
+        assert torch.equal(part, expected[name]), name
+
+
+def flat_lookup(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [B, K], sums [B, V], as torch makes them."""
+    best = torch.topk(queries @ keys.T, TOPK)
+    return best.indices, torch.einsum("bk,bkv->bv", best.values.softmax(-1), values[best.indices])
+
+
+@pytest.mark.parametrize(("name", "shards"), [("sgd", 1), ("adagrad", 2), ("adamw", 3)])
+def test_flat_keys_train_as_in_torch(pools: Pools, name: str, shards: int) -> None:
+    torch.manual_seed(3)
+    optimizer, torchs = OPTIMIZERS[name]
+    keys = mempool.FlatKeys(key_dim=12, optimizer=optimizer)
+    table = pools.table(shards=shards, num_slots=90, value_dim=20, page_slots=16, keys=keys, optimizer=SGD(lr=0.2))
+    own_keys, values = nn.Parameter(table.read_keys()), nn.Parameter(all_rows(table))
+    queries, own_queries = nn.Linear(7, 12), nn.Linear(7, 12)
+    own_queries.load_state_dict(queries.state_dict())
+    memory, own_step = PoolOptimizer(table, max_norm=0.5), torchs([own_keys])
+    assert [group["table"] for group in memory.param_groups] == [table.name, f"{table.name}:keys"]
+    assert [group["lr"] for group in memory.param_groups] == [0.2, optimizer.lr]
+    steps = [torch.optim.SGD(queries.parameters(), lr=0.3), torch.optim.SGD(own_queries.parameters(), lr=0.3)]
+    value_step = torch.optim.SGD([values], lr=0.2)
+    for _ in range(STEPS):
+        x, target = torch.randn(BAGS, 7), torch.randn(BAGS, 20)
+        found = table.lookup(queries(x), TOPK)
+        ids, expected = flat_lookup(own_queries(x), own_keys, values)
+        assert torch.equal(found.ids, ids)
+        assert relative_error(found.values, expected) < 1e-5
+        (found.values - target).square().mean().backward()
+        (expected - target).square().mean().backward()
+        assert relative_error(queries.weight.grad, own_queries.weight.grad) < 1e-4
+        norm = nn.utils.clip_grad_norm_([own_keys, values], 0.5)
+        for step in (memory, own_step, value_step, *steps):
+            step.step()
+            step.zero_grad()
+        assert memory.last_norm == pytest.approx(float(norm), rel=1e-4)
+    assert relative_error(table.read_keys(), own_keys) < 1e-5
+    assert relative_error(all_rows(table), values) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "shards"), [("sgd", 3), ("adagrad", 1), ("adamw", 2)])
+def test_a_layer_without_keys_trains_what_one_with_keys_does(pools: Pools, name: str, shards: int) -> None:
+    torch.manual_seed(4)
+    optimizer, torchs = OPTIMIZERS[name]
+    config: dict[str, Any] = {"shards": shards, "num_slots": 13**2, "value_dim": 16, "optimizer": Adagrad(lr=0.1)}
+    there = pools.table(keys=mempool.ProductKeys(heads=2, key_dim=8, optimizer=optimizer), **config)
+    here = pools.table(**config)
+    thin = MemoryLayer(10, table=there, keys="pool", topk=TOPK)
+    whole = MemoryLayer(10, table=here, heads=2, key_dim=8, topk=TOPK)
+    assert thin.half_keys is None
+    assert (thin.heads, thin.key_dim) == (2, 8)
+    assert not any("keys" in name for name in thin.state_dict())
+    whole.load_state_dict({**thin.state_dict(), "half_keys": there.read_keys()})
+    steps = []
+    for layer in (thin, whole):
+        dense = [part for kind, part in layer.named_parameters() if kind not in ("half_keys", "pool_keys", "values")]
+        steps += [PoolOptimizer(layer), torch.optim.SGD(dense, lr=0.1)]
+    steps.append(torchs([whole.half_keys]))
+    for _ in range(STEPS):
+        x = torch.randn(BAGS, 10)
+        inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+        ours, theirs = thin(inputs[0]), whole(inputs[1])
+        assert relative_error(ours, theirs) < 1e-5
+        ours.square().mean().backward()
+        theirs.square().mean().backward()
+        assert relative_error(inputs[0].grad, inputs[1].grad) < 1e-5
+        for step in steps:
+            step.step()
+            step.zero_grad()
+    assert relative_error(there.read_keys(), whole.half_keys) < 1e-5
+    assert relative_error(all_rows(there), all_rows(here)) < 1e-5
+    assert torch.equal(thin.scoring_keys(), there.read_keys())
+
+
+@pytest.mark.parametrize("topk", [1, 32, 17**2])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_ties_are_decided_as_by_brute_force(pools: Pools, shards: int, topk: int) -> None:
+    keys: dict[str, Any] = {
+        "product": mempool.ProductKeys(heads=3, key_dim=6, optimizer=SGD(1.0)),
+        "flat": mempool.FlatKeys(key_dim=6, optimizer=SGD(1.0)),
+    }
+    for kind, config in keys.items():
+        table = pools.table(shards=shards, num_slots=17**2, value_dim=4, keys=config)
+        own = integers(3, 2, 17, 3, seed=1) if kind == "product" else integers(17**2, 6, seed=1)
+        table.write_keys(own)
+        assert torch.equal(table.read_keys(), own)
+        queries = integers(25, 3, 6, seed=2) if kind == "product" else integers(25, 6, seed=2)
+        scores, ids = brute_force(product_scores(queries, own) if kind == "product" else queries @ own.T, topk)
+        found = table.score(queries, topk)
+        assert torch.equal(found.ids, ids)
+        assert torch.equal(found.scores, scores)
+        with torch.no_grad():
+            assert torch.equal(table.lookup(queries, topk).ids, ids)
+        assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+
+
+def test_the_gradient_of_queries_is_that_of_float64(pools: Pools) -> None:
+    table = pools.table(
+        num_slots=64, value_dim=4, keys=mempool.ProductKeys(heads=2, key_dim=10, optimizer=SGD(1.0)), shards=2
+    )
+    queries = torch.randn(9, 2, 10, requires_grad=True)
+    ids, scores = table.score(queries, 6)
+    direction = torch.randn(9, 2, 6)
+    scores.backward(direction)
+    q64, k64 = leaf(queries), leaf(table.read_keys())
+    product_scores(q64, k64).gather(-1, ids).backward(direction.double())
+    assert relative_error(queries.grad, q64.grad) < 1e-6
+    before = table.read_keys()
+    assert table.commit() == 1
+    assert relative_error(before - table.read_keys(), k64.grad) < 1e-5
+
+
+def test_moves_keep_keys_and_their_state_bit_for_bit(pools: Pools) -> None:
+    found = {}
+    for rescaled in (False, True):
+        torch.manual_seed(8)
+        with pools.fresh(1) as pool:
+            for kind, keys in KEYS.items():
+                table = pools.table(pool=pool, name=kind, num_slots=11**2, value_dim=8, keys=keys, seed=5)
+                for step in range(4):
+                    train(table)
+                    before = everything_of(table)
+                    if rescaled and step in (1, 2):
+                        pool.rescale(3 if step == 1 else 2)
+                        assert_same(everything_of(table), before)
+                assert table.keys.step_count() == 4
+                found[rescaled, kind] = before
+                if rescaled:  # row parts are added up in another order
+                    assert all(relative_error(before[part], found[False, kind][part]) < 1e-5 for part in before)
+                    pool.rescale(1)
