@@ -34,6 +34,7 @@ from facts.text import AnswerSpelling, WordBook
 from facts.train import TrainConfig, batches, contestant, evaluate, train
 from mempool import optim
 from mempool.errors import MempoolError, NotFound
+from mempool.types.groups.meeting import Consistency
 
 NUM_SLOTS = 256**2
 VALUE_DIM = 128
@@ -54,7 +55,7 @@ class Lesson:
 
     address: str
     table: str
-    consistency: str
+    consistency: Consistency
     ranks: int
     slow: float
     shares: int
@@ -120,7 +121,13 @@ def teach_all(pool: mempool.Pool, options: argparse.Namespace, *, weights: Path,
         torch.save(own, weights)  # without what says of which version of that table it is
         values = table.rows(torch.arange(NUM_SLOTS))
     taught = []
-    for consistency, ranks in (("sync", 1), *((each, options.ranks) for each in ("sync", "bounded", "async"))):
+    ways: list[tuple[Consistency, int]] = [
+        ("sync", 1),
+        ("sync", options.ranks),
+        ("bounded", options.ranks),
+        ("async", options.ranks),
+    ]
+    for consistency, ranks in ways:
         name = f"facts-{consistency}-{ranks}"
         memory = _empty_table(pool, name)
         memory.write(torch.arange(NUM_SLOTS), values)
@@ -231,7 +238,7 @@ def _loaded(table: mempool.Table, weights: Path, known: FactBook, new: FactBook)
     model = FactModel(words, spelling, block=memory_block(table, size=ModelSize()), size=ModelSize())
     model.load_state_dict(torch.load(weights), strict=False)
     model.eval().requires_grad_(False)
-    model.block.values.requires_grad_()  # type: ignore[union-attr]
+    model.block.values.requires_grad_()
     return model
 
 

@@ -234,6 +234,13 @@ class GroupWorkload(Workload):
             self._start(f"rank-{rank}", RankLife)  # type: ignore[arg-type]
         self._operating = self._operator.loop.create_task(self._operate())
 
+    async def end(self) -> None:
+        """Also of ranks that are dead just now: each comes back, and commits once more."""
+        self.ending = True
+        while not (self.all_ended() or any(life.done() for life in self._lives.values())):
+            await asyncio.sleep(0.5)
+        await super().end()
+
     def _start(self, name: str, kind: Any) -> None:  # noqa: ARG002
         if name in self.trainers:
             return  # also at the end: the others wait for it

@@ -251,7 +251,7 @@ def _of_two(first: Driver, second: Driver, shard: int) -> PrepareRequest:
     return PrepareRequest(parts=parts, want_norm=False, decider_table=first.table_id, decider_step=1)
 
 
-def _two_tables(make_driver: MakeDriver, **options: Any) -> tuple[Driver, Driver]:
+def two_tables(make_driver: MakeDriver, **options: Any) -> tuple[Driver, Driver]:
     """A step over two tables that is prepared; their gates are 0 and 1."""
     first = make_driver(3, **options).create(make_schema(), "columns")
     second = Driver(first.hosted, table_id=2).create(make_schema(name="other"), [[1, 2, 1]] * 7)
@@ -263,7 +263,7 @@ def _two_tables(make_driver: MakeDriver, **options: Any) -> tuple[Driver, Driver
     return first, second
 
 
-def _commit_of_two(first: Driver, second: Driver) -> CommitRequest:
+def commit_of_two(first: Driver, second: Driver) -> CommitRequest:
     parts = tuple(
         CommitPart(envelope=table.envelope(0), step_id=table.step_id(1), lr=0.1, grad_scale=1.0, sequences=(0,))
         for table in (first, second)
@@ -272,9 +272,9 @@ def _commit_of_two(first: Driver, second: Driver) -> CommitRequest:
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_step_of_two_tables_with_different_gates_is_decided_once(make_driver: MakeDriver, lost: bool) -> None:
-    first, second = _two_tables(make_driver)
-    reply = first.call(first.host(0).commit(_commit_of_two(first, second)))
+def test_a_step_oftwo_tables_with_different_gates_is_decided_once(make_driver: MakeDriver, lost: bool) -> None:
+    first, second = two_tables(make_driver)
+    reply = first.call(first.host(0).commit(commit_of_two(first, second)))
     assert [part.version for part in reply.parts] == [1, 0]
     if lost:  # a reader at an owner that is no gate: it asks the decider, and its table's gate does the same
         second.call(second.host(2).read_rows(_reader(second, 2)))
@@ -284,20 +284,20 @@ def test_a_step_of_two_tables_with_different_gates_is_decided_once(make_driver: 
     first.call(first.host(1).commit(first.commit_request(1, 1, [0], decided=True, version=1)))
     assert (_versions(first), _versions(second)) == ([1, 1], [1, 1])
     assert {table.status(1).updates_applied for table in (first, second)} == {1}
-    reply = first.call(first.host(0).commit(_commit_of_two(first, second)))  # a repeat
+    reply = first.call(first.host(0).commit(commit_of_two(first, second)))  # a repeat
     assert reply.parts[0].version == 1
 
 
 def test_a_step_of_a_table_that_was_dropped_lives_on_at_the_others(make_driver: MakeDriver) -> None:
-    first, second = _two_tables(make_driver)
-    first.call(first.host(0).commit(_commit_of_two(first, second)))
+    first, second = two_tables(make_driver)
+    first.call(first.host(0).commit(commit_of_two(first, second)))
     first.drop()
     second.call(second.host(2).read_rows(_reader(second, 2)))
     assert _versions(second) == [1, 1]
     second.drop()
 
 
-def test_a_step_that_is_prepared_of_two_tables_is_prepared_of_both_or_none(make_driver: MakeDriver) -> None:
+def test_a_step_that_is_prepared_oftwo_tables_is_prepared_of_both_or_none(make_driver: MakeDriver) -> None:
     first = make_driver().create(make_schema())
     second = Driver(first.hosted, table_id=2).create(make_schema(name="other"))
     first.update(1, 0, GRADS, bags=make_bags(1))
@@ -312,7 +312,7 @@ def test_a_step_that_is_prepared_of_two_tables_is_prepared_of_both_or_none(make_
     assert first.freeze(0, token="again") == 0
     first.thaw(0, token="again")
     second.thaw(0)
-    request = replace(_commit_of_two(first, second), one_phase=True)
+    request = replace(commit_of_two(first, second), one_phase=True)
     reply = first.call(first.host(0).commit(request))
     assert [part.version for part in reply.parts] == [1, 1]
     assert [table.status(0).updates_applied for table in (first, second)] == [1, 1]

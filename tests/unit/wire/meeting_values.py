@@ -104,6 +104,8 @@ MEETINGS: dict[Method[Any, Any], Any] = {
                     step=U64,
                 )
             ),
+            undecided=st.none() | st.builds(types.Undecided, generation=U64, step=U64, parts=_OFFERED),
+            ticket=U64,
         ),
     )
 }
