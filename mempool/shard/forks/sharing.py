@@ -103,12 +103,14 @@ class SharedFile:
             needed[: len(each.own)] |= ~each.own
         for first, end in _runs(~needed):
             self._punch(first * PAGE_BYTES, end * PAGE_BYTES)
+        self._punch(len(needed) * PAGE_BYTES, self.num_bytes)  # what was added since it was forked
         self._needed_bytes = int(needed.sum()) * PAGE_BYTES
 
     def became_own(self, count: int) -> None:
         """So many pages more are a fork's own: where nobody else has the file, what is not needed goes now and then."""
         self._new_own += count
-        if not self.kept and self._new_own * PAGE_BYTES * _TRIMMED_PART > self.num_bytes:
+        needed = self._needed_bytes
+        if needed is not None and self._new_own * PAGE_BYTES * _TRIMMED_PART > needed:
             self.trim()
 
     def orphan_bytes(self, borrowed: "Borrowed") -> int:

@@ -152,6 +152,9 @@ def test_forks_live_on_without_what_they_were_forked_of_and_what_they_need_not_i
     write(other, half, 6.0)
     file = fork._borrowed.file  # type: ignore[union-attr]
     assert fork.orphan_bytes == 0
+    rows.resize(2 * ROWS)
+    rows.first(2 * ROWS)[ROWS:] = 1.0
+    shared(rows)
     rows.close()
     kept = os.fstat(file._fd).st_blocks * 512
     assert kept < 0.52 * size
