@@ -230,14 +230,17 @@ class Groups:
     ) -> MeetReply | None:
         """A process that is not known as its rank; None: it is from now on."""
         if known is not None and not known.left:
-            if request.kind != "join":
+            if request.kind != "join" and request.ticket <= known.ticket:
                 raise InvalidRequest(
                     f"rank {request.rank} of group {request.group!r} is {known.said.host} by now, which joined after "
                     f"{request.host}: a rank is one process at a time. Nothing was changed."
                 )
-            if self._lives(known, now_s) and not _restarts(request, known.said):
+            joins = request.kind == "join"  # else it has: what is known here is of one that is gone, and came late
+            if joins and self._lives(known, now_s) and not _restarts(request, known.said):
                 return self._reply(group, "occupied", others=(self._seen(group, request.rank, now_s),))
-        if known is not None:
+        if known is not None and request.kind != "join":
+            self._take(known, None)
+        elif known is not None:
             under_way = group.complete and not self._word_is_out(group) and self._lives(group.members.get(0), now_s)
             if under_way and request.rank:  # what all have arrived for is carried out first
                 return self._reply(group, "wait", others=(self._seen(group, 0, now_s),))
@@ -246,7 +249,7 @@ class Groups:
         if request.kind == "join" and (group.told or (known is not None and known.generation >= group.generation)):
             # Where what was before is known from others, that rank may have been in a later one than they know of.
             self._begin(group, max(group.generation + 1, first_generation if group.told else 0))
-        ticket = request.number if request.kind == "join" else 0
+        ticket = request.number if request.kind == "join" else request.ticket
         group.members[request.rank] = _Member(_brief(request), now_s, ticket=ticket)
         group.changes += 1
         return None

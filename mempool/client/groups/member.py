@@ -98,6 +98,7 @@ class Member:
             if reply.answer == "heard":
                 self.generation, self.lease_s, self.undecided = reply.generation, reply.lease_s, reply.undecided
                 self.steps = reply.step
+                self._base = replace(self._base, ticket=ticket)
                 self._beating = clock.create_task(self._beat())
                 return reply.step
             if reply.answer == "occupied" and waited_s > reply.lease_s + _LATE_S:

@@ -116,6 +116,7 @@ class MeetRequest:
         phase, parts, want_norm, norm_order: Of "arrive": what is to be done with which updates. want_norm, of a commit:
             the rank has prepared the step before.
         word: Of the leader: its last one.
+        ticket: With which it has joined; 0 before.
         number: Of "arrive": ascending in the life of the process, the same in a repeat. A lower one comes late. Of
             "beat": not 0: what it has arrived with up to that one is taken back. Of "join": the ticket it was given.
     """
@@ -137,6 +138,7 @@ class MeetRequest:
     norm_order: float = 0.0
     word: Word | None = None
     number: int = 0
+    ticket: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1707,6 +1707,7 @@ class MeetRequest(_message.Message):
     WORD_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     LAUNCHER_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group."""
     rank: _builtins.int
@@ -1738,6 +1739,10 @@ class MeetRequest(_message.Message):
     """
     launcher: _builtins.str
     """What has started it, and starts it again: the same for all that one has started, and for no other."""
+    ticket: _builtins.int
+    """The ticket with which it has joined: of two processes that are one rank, of which a home that has begun anew hears, the
+    one with the higher is.
+    """
     @_builtins.property
     def terms(self) -> Global___Terms:
         """What it takes the group for."""
@@ -1770,10 +1775,11 @@ class MeetRequest(_message.Message):
         word: Global___Word | None = ...,
         number: _builtins.int = ...,
         launcher: _builtins.str = ...,
+        ticket: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["terms", b"terms", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "host", b"host", "kind", b"kind", "launcher", b"launcher", "meeting", b"meeting", "nonce", b"nonce", "norm_order", b"norm_order", "number", b"number", "parts", b"parts", "phase", b"phase", "rank", b"rank", "restart", b"restart", "step", b"step", "terms", b"terms", "want_norm", b"want_norm", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "host", b"host", "kind", b"kind", "launcher", b"launcher", "meeting", b"meeting", "nonce", b"nonce", "norm_order", b"norm_order", "number", b"number", "parts", b"parts", "phase", b"phase", "rank", b"rank", "restart", b"restart", "step", b"step", "terms", b"terms", "ticket", b"ticket", "want_norm", b"want_norm", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

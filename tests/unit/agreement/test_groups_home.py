@@ -422,3 +422,17 @@ def test_who_missed_a_meeting_that_the_leader_has_given_up_hears_of_it() -> None
     reply = home.arrive(1, 1, number=2)
     assert reply is not None
     assert reply.word == word
+
+
+def test_at_a_home_anew_who_has_joined_last_is_the_rank_whoever_is_heard_first() -> None:
+    home = Home(2)
+    late = home.request(0, "beat", nonce=70, generation=FIRST, ticket=FIRST)  # of a process that is gone
+    living = home.request(0, "beat", nonce=71, generation=FIRST + 1, ticket=FIRST + 5)
+    for _ in range(2):
+        home.groups.handle(late, home.now_s, first_generation=FIRST + 100)
+        reply = home.groups.handle(living, home.now_s, first_generation=FIRST + 100)
+        assert reply is not None
+        assert reply.answer == "changed"  # it goes on, in a generation that neither was in
+        with pytest.raises(InvalidRequest, match="rank 0 of group 'job' is host-0 by now"):
+            home.groups.handle(late, home.now_s, first_generation=FIRST + 100)
+        home.groups = Groups(lease_s=LEASE_S)

@@ -73,6 +73,7 @@ MEETINGS: dict[Method[Any, Any], Any] = {
             norm_order=_DOUBLE,
             word=_WORD,
             number=U64,
+            ticket=U64,
         ),
         data_pb2.MeetReply,
         st.builds(
