@@ -29,10 +29,12 @@ class Freeze:
 
 @dataclass(frozen=True, slots=True)
 class Renew:
-    """The same again, for the ``number``-th time: the freeze's lease begins anew."""
+    """The same again, for the ``number``-th time: the freeze's lease begins anew. ``begun``: where it was answered; a
+    shard that was started anew since has let others write, and is not to be frozen as if it had not."""
 
     shard: int
     number: int
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +329,7 @@ class Round:
         for shard, frozen in self._frozen.items():
             if now >= self._renew_s(frozen):
                 frozen.renewals += 1
-                actions.append(self._ask(Renew(shard, frozen.renewals), frozen, now))
+                actions.append(self._ask(Renew(shard, frozen.renewals, frozen.answered), frozen, now))
         return actions
 
     def _renew_s(self, frozen: _Frozen) -> float:

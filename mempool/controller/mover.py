@@ -330,7 +330,8 @@ class _RoundCalls:
         elif isinstance(call, Thaw):
             await host.thaw(self._table_id, token=self._token)
         else:
-            await host.freeze(self._table_id, self._rest_s, token=self._token, lease_s=self._lease_s)
+            renew = isinstance(call, Renew) and call.begun
+            await host.freeze(self._table_id, self._rest_s, token=self._token, lease_s=self._lease_s, renew=renew)
 
     async def _pull(self, dest: int, request: PullPages) -> None:
         asked = replace(request, token=self._token)

@@ -159,7 +159,9 @@ class Services:
             await shard.attach_table(attached)
 
         async def freeze(request: FreezeTable) -> int:
-            return await shard.freeze(request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s)
+            return await shard.freeze(
+                request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s, renew=request.renew
+            )
 
         async def drop(request: ForgetTable) -> None:
             await shard.drop_table(request.table_id, unmade=request.unmade)

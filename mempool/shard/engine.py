@@ -333,12 +333,12 @@ class Engine:
     async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
         await self._control("drop_table", partial(self._changes.end, unmade=unmade), table_id)
 
-    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float, renew: bool = False) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
         version: int
         try:
             async with asyncio.timeout(timeout_s):
-                version = await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s))
+                version = await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s, renew))
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise

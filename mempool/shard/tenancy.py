@@ -273,21 +273,22 @@ class Tenancy:
 
     # Moves
 
-    def freeze(self, request: tuple[int, str, float]) -> int | Parked:
-        """Begin or renew a round's freeze (table, token, lease): the table's version once nothing is undecided.
+    def freeze(self, request: tuple[int, str, float, bool]) -> int | Parked:
+        """Begin or renew a round's freeze (table, token, lease, only renew): the table's version once nothing is
+        undecided.
 
         It begins when those were served that the freeze before it has held off, or their turn is over.
 
         Raises:
-            StalePlacement: Another round holds the table, or this one is over.
+            StalePlacement: Another round holds the table, or this one is over, or does not hold it as it should.
         """
-        table_id, token, lease_s = request
+        table_id, token, lease_s, renew = request
         table = self.table(table_id)
         table.check_ready()
         table.check_whole()
         if token != table.rounds.token:
             table.let_go()  # one whose lease is over stands in nobody's way
-            table.rounds.check(token)
+            table.rounds.require(token) if renew else table.rounds.check(token)
             if (turns := table.park_for_turns()) is not None:
                 return turns
         table.rounds.begin(token, lease_s)

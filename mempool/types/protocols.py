@@ -102,15 +102,18 @@ class PageHost(Protocol):
             StalePlacement: It is to be dropped only where it is ``unmade``, and it was confirmed.
         """
 
-    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float, renew: bool = False) -> int:
         """Hold off new Prepares and writes until set_view or thaw; wait for prepared steps to be decided.
 
         Lookups and updates go on. Answers the table's version, at which it stands still. ``token`` names the round: a
         repeat with the same one renews the lease, after which the freeze, and its round, are over by themselves.
 
+        Args:
+            renew: Only where it holds still: a shard that was started anew has let others write since.
+
         Raises:
             DeadlineExceeded: A prepared step was not decided in ``timeout_s``; the table is thawed again.
-            StalePlacement: Another round's freeze holds.
+            StalePlacement: Another round's freeze holds; or none of this one does, and it is to be renewed.
         """
 
     async def thaw(self, table_id: int, *, token: str = "") -> None:

@@ -200,9 +200,12 @@ class Driver:
         self.view = target
         return pages
 
-    def freeze(self, shard: int, timeout_s: float = 5.0, *, token: str = "round", lease_s: float = 60.0) -> int:
+    def freeze(
+        self, shard: int, timeout_s: float = 5.0, *, token: str = "round", lease_s: float = 60.0, renew: bool = False
+    ) -> int:
         """Hold one shard's Prepares off. Returns the version at which the table stands still."""
-        return self.call(self.host(shard).freeze(self.table_id, timeout_s, token=token, lease_s=lease_s))
+        host = self.host(shard)
+        return self.call(host.freeze(self.table_id, timeout_s, token=token, lease_s=lease_s, renew=renew))
 
     def thaw(self, shard: int, *, token: str = "round") -> None:
         self.call(self.host(shard).thaw(self.table_id, token=token))

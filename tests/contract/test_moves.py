@@ -337,6 +337,20 @@ def test_attaching_again_changes_nothing(driver: Driver) -> None:
     assert same(driver.contents(), before)
 
 
+def test_a_freeze_that_does_not_hold_is_not_renewed(driver: Driver) -> None:
+    driver.create(make_schema(), "one")
+    with pytest.raises(StalePlacement, match="round 'round' of a move does not hold the table"):
+        driver.freeze(0, renew=True)
+    driver.freeze(0)
+    driver.freeze(0, renew=True)
+    with pytest.raises(StalePlacement, match="round 'round' of a move holds the table, and round 'other' asks"):
+        driver.freeze(0, token="other", renew=True)
+    driver.thaw(0, token="round")
+    with pytest.raises(StalePlacement, match="round 'round' of a move is over"):
+        driver.freeze(0, renew=True)
+    assert not driver.status(0).frozen
+
+
 def test_what_comes_late_of_a_round_that_is_over_is_refused(driver: Driver) -> None:
     driver.create(make_schema(), "one")
     driver.train(1, {0: (make_bags(1), GRADS)})

@@ -179,8 +179,8 @@ class GrpcShard:
         self._told.pop(table_id, None)
         await self._call(methods.SHARD_DROP_TABLE, ForgetTable(table_id=table_id, unmade=unmade))
 
-    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
-        request = FreezeTable(table_id=table_id, timeout_s=timeout_s, token=token, lease_s=lease_s)
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float, renew: bool = False) -> int:
+        request = FreezeTable(table_id=table_id, timeout_s=timeout_s, token=token, lease_s=lease_s, renew=renew)
         return await self._call(methods.FREEZE, request)
 
     async def thaw(self, table_id: int, *, token: str = "") -> None:

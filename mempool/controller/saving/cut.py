@@ -26,10 +26,12 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
-    """Freeze the table at a shard, with the checkpoint's token and lease; again, for the ``number``-th time."""
+    """Freeze the table at a shard, with the checkpoint's token and lease; again, for the ``number``-th time, and where
+    it was answered (``begun``) only if it holds still."""
 
     owner: Owner
     number: int = 0
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,9 @@ class Cut:
             return []
         self._renewals += 1
         self.next_s = now_s + LEASE_S / _RENEWALS
-        calls = [Freeze(owner, self._renewals) for owner in self._touched]  # also where one waits for a step
+        calls = [
+            Freeze(owner, self._renewals, owner in self._frozen) for owner in self._touched
+        ]  # also where one waits for a step
         self._open.update(calls)
         return list(calls)
 

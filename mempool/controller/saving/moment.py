@@ -82,7 +82,7 @@ class Moments:
                 wait_s = self.trainer_lease_s + _FREEZE_MARGIN_S
                 version = await self.calls.call(
                     info,
-                    lambda host: host.freeze(owner.table_id, wait_s, token=token, lease_s=LEASE_S),
+                    lambda host: host.freeze(owner.table_id, wait_s, token=token, lease_s=LEASE_S, renew=call.begun),
                     timeout_s=wait_s + _FREEZE_MARGIN_S,
                 )
             elif isinstance(call, Mark):

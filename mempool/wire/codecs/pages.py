@@ -86,6 +86,7 @@ class FreezeTable:
     timeout_s: float
     token: str
     lease_s: float
+    renew: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

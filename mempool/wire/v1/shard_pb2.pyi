@@ -400,6 +400,7 @@ class FreezeRequest(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    RENEW_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     timeout_s: _builtins.float
@@ -408,6 +409,8 @@ class FreezeRequest(_message.Message):
     """Names the round, and is never used again."""
     lease_s: _builtins.float
     """Seconds until the freeze ends by itself, unless it is asked for again."""
+    renew: _builtins.bool
+    """The freeze was answered before: where it does not hold any more, as on a shard that was started anew, it is refused."""
     def __init__(
         self,
         *,
@@ -415,10 +418,11 @@ class FreezeRequest(_message.Message):
         timeout_s: _builtins.float = ...,
         token: _builtins.str = ...,
         lease_s: _builtins.float = ...,
+        renew: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "table_id", b"table_id", "timeout_s", b"timeout_s", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "renew", b"renew", "table_id", b"table_id", "timeout_s", b"timeout_s", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -68,7 +68,7 @@ def test_a_freeze_is_renewed_at_a_third_of_its_lease_also_while_it_waits() -> No
     assert round_.handle(Ticked(), 6.0) == [Renew(0, 2)], "though the first is not answered: it waits for the same step"
     assert answered(round_, Renew(0, 1), now=6.1) == [Pull(0), Pull(1)]
     assert not round_.waits_long(99.0)
-    assert round_.handle(Ticked(), 9.0) == [Renew(0, 3)]
+    assert round_.handle(Ticked(), 9.0) == [Renew(0, 3, begun=True)]
 
 
 def test_a_freeze_that_waited_for_a_lease_is_not_taken_for_lost_when_it_is_answered() -> None:
@@ -85,9 +85,10 @@ def test_a_shard_that_does_not_renew_for_a_lease_undoes_the_round() -> None:
     round_ = made(others=(1,))
     round_.begin(0.0)
     answered(round_, Freeze(0), Freeze(1))
-    assert round_.handle(Ticked(), 3.0) == [Renew(0, 1), Renew(1, 1)]
-    assert answered(round_, Renew(1, 1), now=3.1) == []
-    assert round_.handle(Failed(Renew(0, 1), ShardUnavailable("lost")), 3.1) == []
+    renewed = [Renew(0, 1, begun=True), Renew(1, 1, begun=True)]
+    assert round_.handle(Ticked(), 3.0) == renewed
+    assert answered(round_, renewed[1], now=3.1) == []
+    assert round_.handle(Failed(renewed[0], ShardUnavailable("lost")), 3.1) == []
     assert Thaw(0) not in round_.handle(Ticked(), 8.9)
     assert round_.handle(Ticked(), 9.0) == [Thaw(0), Thaw(1)]
     assert answered(round_, Thaw(1)) == []
@@ -96,6 +97,16 @@ def test_a_shard_that_does_not_renew_for_a_lease_undoes_the_round() -> None:
     assert ended.outcome == "undone"
     assert "shard 0 has not answered for 9 s" in str(ended.error)
     assert "lost" in str(ended.error)
+
+
+def test_a_shard_that_was_started_anew_is_not_frozen_as_if_nothing_had_been() -> None:
+    """It has let others write since, and knows no more that the round was over there, perhaps."""
+    round_ = made(others=(1,))
+    round_.begin(0.0)
+    answered(round_, Freeze(0), Freeze(1))
+    renewed = [Renew(0, 1, begun=True), Renew(1, 1, begun=True)]
+    assert round_.handle(Ticked(), 3.0) == renewed
+    assert round_.handle(Failed(renewed[1], StalePlacement("it does not hold")), 3.1) == [Thaw(0), Thaw(1)]
 
 
 @pytest.mark.parametrize("call", [Freeze(1), Pull(1)])

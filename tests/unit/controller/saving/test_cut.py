@@ -150,7 +150,7 @@ def test_freezes_are_renewed_until_all_are_marked() -> None:
     assert cut.handle(Answered(first, 1), 0.1) == []
     assert cut.handle(Ticked(), 0.2) == [], "not due"
     renewed, waiting = cut.handle(Ticked(), LEASE_S / 3)
-    assert renewed == Freeze(first.owner, 1)
+    assert renewed == Freeze(first.owner, 1, begun=True)
     assert waiting == Freeze(second.owner, 1), "it may wait for a step for longer than its lease"
     marks = cut.handle(Answered(second, 2), 4.0)
     assert marks == [Mark(first.owner, 1), Mark(second.owner, 2)]
