@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.forking import Forks
@@ -22,13 +22,15 @@ class OpenTables:
 
     Args:
         group: Whose steps those of this client are.
+        whose: Given to the tables; None: it is made.
     """
 
-    def __init__(self, connection: Connection, *, group: str) -> None:
+    def __init__(self, connection: Connection, *, group: str, whose: "_Whose | None" = None) -> None:
         self._connection = connection
         self._router = connection.router
         self._group = group
-        self._forks = Forks(connection, self.opened, partial(self.taken_over, strict=True))
+        self._whose = _Whose(self) if whose is None else whose
+        self._forks = Forks(connection, self._whose)
         self._lock = threading.Lock()
         self._tables: dict[int, list[Table]] = {}  # all those of one id have one session
         self._dropped: WeakValueDictionary[str, Table] = WeakValueDictionary()  # the newest of each name
@@ -44,14 +46,22 @@ class OpenTables:
                     session=self._session(schema),
                     run=self._connection.run,
                     begin=self._connection.begin,
-                    open_keys=partial(self._keys_of, schema.name),
+                    open_keys=partial(_keys_of, self._whose),
                 )
                 table.forks = self._forks
                 self._tables[schema.table_id] = [table]
             return self._tables[schema.table_id][0]
 
-    def _keys_of(self, name: str) -> Table:
+    def keys_of(self, name: str) -> Table:
+        """The table of a table's keys."""
         return self.opened(self._connection.run(self._router.open(key_table_name(name))))
+
+    def hold(self, table: Table) -> None:
+        """Know of a table that was opened by others of the same client."""
+        with self._lock:
+            self._tables.setdefault(table.schema.table_id, []).append(table)
+        if table._keys is not None:
+            self.hold(table._keys)
 
     def taken_over(self, view: TableView, *, strict: bool = False) -> Table:
         """The table, by the newest ``Table`` of an earlier one of its name, if there is any; older ones follow it, too.
@@ -123,6 +133,27 @@ class OpenTables:
             coordinator=self._connection.coordinator,
             direct=self._connection.direct,
         )
+
+
+class _Whose:
+    """Finds the tables of a client for one of them, which must not hold them: they hold it, and a pool ends with the
+    last who has anything of it. Where whoever opened it has forgotten all others, there is that one alone."""
+
+    def __init__(self, tables: OpenTables) -> None:
+        self._tables = ref(tables)
+        self._anew = partial(OpenTables, tables._connection, group=tables._group)
+
+    def __call__(self, table: Table) -> OpenTables:
+        tables = self._tables()
+        if tables is None:
+            tables = self._anew(whose=self)
+            tables.hold(table)
+            self._tables = ref(tables)
+        return tables
+
+
+def _keys_of(whose: _Whose, table: Table) -> Table:
+    return whose(table).keys_of(table.name)
 
 
 def _fits(table: Table, schema: TableSchema, *, strict: bool) -> bool:

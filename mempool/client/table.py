@@ -69,7 +69,7 @@ class Table(Versions):
         session: Session,
         run: Run,
         begin: Begin,
-        open_keys: Callable[[], "Table"] | None = None,
+        open_keys: Callable[["Table"], "Table"] | None = None,
     ) -> None:
         self.schema = schema
         self._open_keys = open_keys
@@ -373,7 +373,7 @@ class Table(Versions):
     def rebind(self, schema: TableSchema, session: Session) -> None:
         """For ``Pool``: from now on it is another table of the same name, slots and width."""
         session.counters = self._session.counters  # they are this client's, and no number comes twice
-        self.schema, self._session = schema, session
+        self.schema, self._session, self._keys = schema, session, None
         self._rows = Rows(schema, router=self._router, run=self._run)
         self._link.rebind(schema, session)
 

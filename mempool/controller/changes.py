@@ -326,7 +326,12 @@ class TableChanges:
                 request = attached(last.view, origin)
                 await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, last.schema.name)
-            views = [await self._confirm(making, infos) for making in makings]
+            views, before = [], []
+            for making in makings:
+                before.append(self._roster.find(making.schema.name))
+                views.append(await self._confirm(making, infos))
+            for view in filter(None, before):  # of two of one name the later one is the pool's, whoever hears of both
+                await self._drop_replaced(view.schema.table_id, infos)
             return views[-1]
         except BaseException:
             for making in makings:
@@ -335,6 +340,10 @@ class TableChanges:
             raise
         finally:
             self._roster.unfinished.difference_update(making.table_id for making in makings)
+
+    async def _drop_replaced(self, table_id: int, infos: tuple[ShardInfo, ...]) -> None:
+        self._roster.dropped.add(table_id)
+        await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
 
     async def _plan(self, making: Making, origin: Origin | None, infos: tuple[ShardInfo, ...]) -> None:
         schema = replace(making.schema, table_id=making.table_id)
@@ -351,13 +360,8 @@ class TableChanges:
         made = AttachTable(view=view, mode="confirm")
         making.asked = True
         await self._calls.call(infos[0], lambda host: host.attach_table(made))
-        before = self._roster.find(view.schema.name)
         view = self._roster.put(view.schema, view.placement, saved=view.saved)
         await self._telling.confirm(view, infos[1:])
-        if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
-            self._roster.dropped.add(before.schema.table_id)
-            gone = before.schema.table_id
-            await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
         return view
 
     async def _fork(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> None:

@@ -113,6 +113,7 @@ class Requests:
             "PoolService.Checkpoint": lambda: pool_pb2.CheckpointRequest(
                 url=PLACE, tables=["nobody"], extra=b'{"a": 1}'
             ),
+            "PoolService.ForkTable": lambda: pool_pb2.ForkTableRequest(table=VICTIM, name="fork"),
             "PoolService.Restore": lambda: pool_pb2.RestoreRequest(url=PLACE, tables=[VICTIM], replace=True),
             "PoolService.GetStatus": pool_pb2.GetStatusRequest,
         }[label]

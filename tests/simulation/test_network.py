@@ -52,7 +52,7 @@ class Dropper:
             )
             await asyncio.sleep(self.pause_s)
 
-    create_table = table = tables = status = close = restore = checkpoint = None
+    create_table = table = tables = status = close = restore = checkpoint = fork = None
 
 
 class Scene:

@@ -5,7 +5,7 @@ Legend: B bags, M rows, H heads, K top-k, D key dim, n half-keys, V value dim.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Keyed:
     _link: TableLink
     _rows: Rows
     _anchor: Tensor
-    _open_keys: Callable[[], "Table"] | None
+    _open_keys: "Callable[[Table], Table] | None"
     _keys: "Table | None" = None
 
     @property
@@ -73,7 +73,7 @@ class Keyed:
             )
         if self._keys is None:
             assert self._open_keys is not None, "who opens a table that trains keys says how"
-            self._keys = self._open_keys()
+            self._keys = self._open_keys(cast("Table", self))
         return self._keys
 
     @property

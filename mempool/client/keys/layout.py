@@ -77,7 +77,7 @@ class KeyLayout:
         halves = scores_BSC.gather(-1, order).view(-1, 2, count)
         scores1, scores2 = halves[:, 0].contiguous(), halves[:, 1].contiguous()
         at1, at2 = kernels.product_select(scores1, scores2, topk, count)
-        first_S = torch.arange(self.sections, dtype=torch.int64) * self.slots
+        first_S = torch.arange(self.sections, dtype=torch.int64, device=rows_BSC.device) * self.slots
         index = (rows_BSC - first_S[:, None]).view(-1, 2, count)
         ids = index[:, 0].gather(1, at1) * self.stride + index[:, 1].gather(1, at2)
         scores = scores1.gather(1, at1) + scores2.gather(1, at2)
@@ -90,16 +90,19 @@ class KeyLayout:
         num_bags, heads, found = ids_BHK.shape
         if self.keys.product:
             index = torch.stack((ids_BHK // self.stride, ids_BHK % self.stride), dim=2)
-            first_H2 = torch.arange(self.sections, dtype=torch.int64).view(heads, 2, 1) * self.slots
+            first_H2 = (
+                torch.arange(self.sections, dtype=torch.int64, device=ids_BHK.device).view(heads, 2, 1) * self.slots
+            )
             rows, weights = index + first_H2, weights_BHK[:, :, None].expand(-1, -1, 2, -1)
         else:
             rows, weights = ids_BHK, weights_BHK
-        ends = torch.arange(num_bags * self.sections + 1, dtype=torch.int64) * found
+        ends = torch.arange(num_bags * self.sections + 1, dtype=torch.int64, device=ids_BHK.device) * found
         return Bags(ids=rows.reshape(-1), weights=weights.reshape(-1).contiguous(), offsets=ends)
 
     def rows_of(self, ids_M: Tensor) -> Tensor:
         """All rows of heads [M], or of slots [M] with flat keys, in order."""
         if not self.keys.product:
             return ids_M
-        first_M2 = (2 * ids_M[:, None] + torch.arange(2)) * self.slots
-        return (first_M2[:, :, None] + torch.arange(self.rows)).reshape(-1)
+        first_M2 = (2 * ids_M[:, None] + torch.arange(2, dtype=torch.int64, device=ids_M.device)) * self.slots
+        rows = torch.arange(self.rows, dtype=torch.int64, device=ids_M.device)
+        return (first_M2[:, :, None] + rows).reshape(-1)

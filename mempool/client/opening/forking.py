@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from mempool.client.opening.connection import Connection
 from mempool.errors import InvalidRequest, NotFound
-from mempool.types import ForkTable, TableSchema, TableView
+from mempool.types import ForkTable, TableView
 from mempool.types.caller import Caller, calling
 from mempool.types.keys import key_table, key_table_name
 
 if TYPE_CHECKING:
+    from mempool.client.opened import OpenTables
     from mempool.client.table import Table
 
 
@@ -20,21 +21,22 @@ class Forks:
 
     Args:
         connection: To it.
-        opened: Gives the ``Table`` of a view. taken_over: Has those of its name go on with it, too.
+        tables: Gives what a table of its was opened with.
     """
 
     connection: Connection
-    opened: "Callable[[TableView], Table]"
-    taken_over: "Callable[[TableView], Table]"
+    tables: "Callable[[Table], OpenTables]"
 
-    def fork(self, schema: TableSchema, name: object) -> "Table":
+    def fork(self, table: "Table", name: object) -> "Table":
         """As ``Table.fork``."""
+        schema = table.schema
         new = _name(name, of=schema.name)
         request = ForkTable(table=schema.name, table_id=schema.table_id, name=new)
-        return self.opened(self.connection.run_long(self._ask(request)))
+        return self.tables(table).opened(self.connection.run_long(self._ask(request)))
 
-    def reset(self, schema: TableSchema, to: "Table | str") -> None:
+    def reset(self, table: "Table", to: "Table | str") -> None:
         """As ``Table.reset``."""
+        schema = table.schema
         name = _name(getattr(to, "name", to), of=schema.name)
         given = None if isinstance(to, str) else to
         if getattr(given, "version", None) is not None:
@@ -42,16 +44,18 @@ class Forks:
                 f"table {schema.name!r} cannot become what {to!r} is: a version that is read has no optimizer state. "
                 "Fork the table while it is there, and reset to the fork. Nothing was changed."
             )
-        if given is not None and given.forks is not self:
+        if given is not None and (given.forks is None or given.forks.tables is not self.tables):
             raise InvalidRequest(
                 f"{to!r} was opened by another pool, or another client of it, than table {schema.name!r}: give its "
                 "name, where it is of the same pool. Nothing was changed."
             )
         table_id = 0 if given is None else given.schema.table_id
         view = self.connection.run_long(self._reset(schema.name, name, table_id))
+        tables = self.tables(table)
         if key_table(view.schema) is not None:
-            self.taken_over(self.connection.run(self.connection.router.open(key_table_name(schema.name))))
-        self.taken_over(view)
+            keys = self.connection.run(self.connection.router.open(key_table_name(schema.name)))
+            tables.taken_over(keys, strict=True)
+        tables.taken_over(view, strict=True)
 
     async def _reset(self, name: str, to: str, table_id: int) -> TableView:
         tries, api = self.connection.tries, self.connection.api

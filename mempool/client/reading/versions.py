@@ -1,6 +1,6 @@
 """What of a ``Table`` is about its versions."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mempool.client.counts import as_count
 from mempool.client.keys.keyed import Keyed
@@ -97,7 +97,7 @@ class Versions(Keyed):
             PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
         """
         assert self.forks is not None, "a version that is read refuses it"
-        return self.forks.fork(self.schema, name)
+        return self.forks.fork(cast("Table", self), name)
 
     def reset(self, to: "Table | str") -> None:
         """Become what another table is now, a fork of this one say: values, keys, optimizer state, step count and
@@ -119,7 +119,7 @@ class Versions(Keyed):
             PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
         """
         assert self.forks is not None, "a version that is read refuses it"
-        self.forks.reset(self.schema, to)
+        self.forks.reset(cast("Table", self), to)
 
 
 def checked_name(name: object) -> str:

@@ -97,6 +97,7 @@ class Arena:
         on_cpu = device.type == "cpu"
         self._page_table = torch.from_numpy(self.page_of if on_cpu else self.page_of.copy()).to(device)
         self.cut: Watcher | None = None
+        self._over = False
         self._writes = 0
         self.capture: Watcher | None = None
         self.kept: Watcher | None = None
@@ -345,9 +346,18 @@ class Arena:
         return 0
 
     def close(self) -> None:
-        """Nobody reads or writes it any more; forks of it go on. Repeatable."""
-        for rows in self._memory.values():
-            rows.close()
+        """Nobody asks for it any more; forks of it go on. A snapshot that has pages of it still to write does first.
+        Repeatable."""
+        self._over = True
+        if self.cut is None:
+            for rows in self._memory.values():
+                rows.close()
+
+    def end_cut(self) -> None:
+        """The snapshot has what it wanted."""
+        self.cut = None
+        if self._over:
+            self.close()
 
     def populate(self) -> None:
         """Have memory behind all pages there are: see ``Rows``."""

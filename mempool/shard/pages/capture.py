@@ -80,7 +80,7 @@ class RowCopies:
         if arena.capture is self:
             arena.capture = None
         if arena.cut is self:
-            arena.cut = None
+            arena.end_cut()
 
     def _keep(self, rows: Tensor) -> Tensor:
         """Copy rows, which differ and were not copied yet; answers the places of the copies."""

@@ -175,7 +175,8 @@ class ReservedRows:
         end = self._range.readable(self._num_bytes)
         try:
             if self._borrowed is not None and self._lent is None:
-                rows._borrowed = rows._range.borrow(self._borrowed.file, self._borrowed.num_bytes)
+                end = rows._range.readable(rows._num_bytes)  # what rows have left is behind that
+                rows._borrowed = rows._range.borrow(self._borrowed.file, min(end, self._borrowed.num_bytes))
                 own = np.setdiff1d(np.arange(end // PAGE_BYTES), np.flatnonzero(~self._borrowed.own))
                 rows._borrowed.leave(own)
                 self._range.copy(own, rows._range)

@@ -218,3 +218,17 @@ def test_the_pages_of_rows_are_all_that_they_lie_in(row_bytes: int) -> None:
     rows = np.array([0, 1, 5, 77, 1000])
     expected = {at // 4096 for row in rows.tolist() for at in range(row * row_bytes, (row + 1) * row_bytes)}
     assert set(pages_of(rows, row_bytes).tolist()) == expected
+
+
+def test_a_fork_that_has_grown_and_shrunk_is_forked_as_it_is() -> None:
+    first = shared(filled(4_000)).fork()
+    first.resize(4_600)
+    first.first(4_600)[4_000:] = 7.0
+    first.resize(3_900)
+    before = first.first(3_900).clone()
+    second = shared(first).fork()
+    assert torch.equal(second.first(3_900), before)
+    second.resize(4_600)
+    assert not bool(second.first(4_600)[3_900:].any()), "rows that are new hold zeros"
+    write(second, torch.tensor([1]), 2.0)
+    assert torch.equal(first.first(3_900), before)

@@ -92,3 +92,24 @@ def test_a_write_to_a_row_copies_that_row() -> None:
     assert cut.used_bytes == 3 * row_bytes
     cut.take(1)  # the first page, of rows 0 to 7
     assert cut.used_bytes == 2 * row_bytes
+
+
+def test_a_table_that_is_dropped_meanwhile_is_whole_until_the_snapshot_has_it() -> None:
+    """What its fork has copied is needed by no fork, and the snapshot has still to read it."""
+    dice, arena = random.Random(1), _arena("float32")
+    arena.publish(np.arange(12), taken := arena.take(12))
+    _write(arena, torch.arange(12 * SLOTS), dice)
+    while arena.share(2**20):
+        pass
+    schema = make_schema(num_slots=16 * SLOTS, optimizer=OptimizerSpec(algorithm="rowwise_adagrad", lr=0.1))
+    fork = Arena(schema=schema, blocks=(0, 2), arrays=arena.arrays, device=torch.device("cpu"), of=arena)
+    expected = {b"page %d" % place: _bytes(arena, int(place)) for place in taken}
+    cut = ArenaCut(arena, {int(place): b"page %d" % place for place in taken}, page_slots=SLOTS)
+    _write(arena, torch.tensor([3]), dice)
+    arena.close()
+    assert _taken(cut, 2**30) == expected
+    assert cut.take(1) == []
+    (memory, *_) = arena._memory.values()
+    assert memory._lent is not None
+    assert not memory._lent.kept, "what no fork needs is given back then"
+    fork.close()
