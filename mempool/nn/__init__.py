@@ -3,6 +3,7 @@ and memory for models that others built."""
 
 from mempool.nn.choice import MemoryLookup
 from mempool.nn.decoders import from_pretrained, retrofit, save_pretrained
+from mempool.nn.experts import PEERLayer
 from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
 from mempool.nn.optimizer import PoolOptimizer
@@ -13,6 +14,7 @@ from mempool.nn.tables import reading
 __all__ = [
     "MemoryLayer",
     "MemoryLookup",
+    "PEERLayer",
     "PendingMemory",
     "PoolOptimizer",
     "PoolState",
