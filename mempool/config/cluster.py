@@ -115,6 +115,9 @@ class PoolConfig(ConfigModel):
         token_file: A file with the token, where commands are given, relative to the cluster file (in Python: to the
             working folder) and kept absolute; shards get the token through Ray. None: MEMPOOL_TOKEN, if set.
         tls: Encrypts all connections; None: the token and all data travel in clear text.
+        rescale_by: "heat": a rescale brings every shard near its share of the load, by what was read and written
+            lately; "pages": near its share of the pages, whatever clients do: two runs with the same rescales have
+            their pages at the same places, so the same bits.
     """
 
     name: Name
@@ -126,6 +129,7 @@ class PoolConfig(ConfigModel):
     line_ports: PortRange = None
     token_file: FilePath | None = None
     tls: TlsConfig | None = None
+    rescale_by: Literal["heat", "pages"] = "heat"
 
     @model_validator(mode="after")
     def _token_and_ports(self, info: ValidationInfo) -> Self:

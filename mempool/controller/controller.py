@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from importlib import metadata
 from types import MappingProxyType
+from typing import Literal
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
@@ -51,6 +52,8 @@ class Controller:
         wall_clock: Seconds since 1970; ids of tables are made of it.
         runner: Runs what takes long, as planning does.
         new_token: Gives a name that no round of any controller ever had.
+        rescale_by: "heat": a rescale evens load; "pages": it looks at the number of pages alone, so that where they lie
+            depends on nothing that clients do.
         refusals: Why shards that are down cannot start, by shard, as far as whoever starts them knows; it changes.
     """
 
@@ -67,6 +70,7 @@ class Controller:
         wall_clock: Clock = time.time,
         runner: Runner = THREADS,
         new_token: Callable[[], str] = lambda: secrets.token_hex(16),
+        rescale_by: Literal["heat", "pages"] = "heat",
         refusals: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
@@ -91,6 +95,7 @@ class Controller:
             clock=clock,
             runner=runner,
             new_token=new_token,
+            by_heat=rescale_by == "heat",
         )
         self._checkpoints = Checkpoints(
             pool=name,

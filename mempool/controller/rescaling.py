@@ -47,6 +47,7 @@ class Rescaling:
         clock: Seconds.
         runner: Plans moves.
         new_token: Names rounds.
+        by_heat: Whether a rescale evens load, too.
 
     Attributes:
         wanted: The number of shards asked for, of a rescale that goes on or has stopped half way.
@@ -67,6 +68,7 @@ class Rescaling:
         clock: Clock,
         runner: Runner,
         new_token: Callable[[], str],
+        by_heat: bool,
     ) -> None:
         self._roster = roster
         self._calls = calls
@@ -79,6 +81,7 @@ class Rescaling:
         self._clock = clock
         self._runner = runner
         self._new_token = new_token
+        self._by_heat = by_heat
         self._task: asyncio.Task[None] | None = None
         self._mover: Mover | None = None
         self._waiting = ""
@@ -138,17 +141,17 @@ class Rescaling:
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Begin one, and watch it. Raises as ``Controller.rescale`` does."""
         check_shards(shards)
-        async for report in self._watched(shards):
+        async for report in self._watched(shards, by_heat=self._by_heat):
             yield report
 
     async def rebalance(self, *, dry_run: bool) -> AsyncIterator[RescaleProgress]:
         """Begin one to as many shards as there are, and watch it. Raises as ``Controller.rebalance`` does."""
         if self._task is None and self.unfinished:
             raise InvalidRequest(f"load is evened once pages are where they should be; {self.unfinished}")
-        async for report in self._watched(len(self._roster.shards), dry_run=dry_run):
+        async for report in self._watched(len(self._roster.shards), by_heat=True, dry_run=dry_run):
             yield report
 
-    async def _watched(self, shards: int, *, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:
+    async def _watched(self, shards: int, *, by_heat: bool, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:
         if self._task is not None:
             raise InvalidRequest(
                 f"a rescale to {self.wanted} shards is under way; wait for it (mempool status shows it), then ask again"
@@ -158,7 +161,7 @@ class Rescaling:
         self._before = (self.wanted or 0) if self.unfinished else 0
         self.wanted, self._half_way, self._inherited = shards, False, None
         with calling(Caller()):  # the watcher's deadline is for its watching alone
-            self._task = asyncio.create_task(self._run(shards, reports, dry_run))
+            self._task = asyncio.create_task(self._run(shards, reports, by_heat, dry_run))
         while True:
             report = await reports.get()
             if isinstance(report, Exception):
@@ -173,14 +176,14 @@ class Rescaling:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def _run(self, shards: int, reports: Reports, dry_run: bool) -> None:
+    async def _run(self, shards: int, reports: Reports, by_heat: bool, dry_run: bool) -> None:
         last: RescaleProgress | Exception = ShardUnavailable("the rescale was stopped: its controller is closing")
         try:
             reports.put_nowait(_begun(len(self._roster.shards), shards))  # at once: starting shards takes a while
             await self._until_started(shards)
             self._waiting = "another change of the pool"
             async with self._changing:
-                async for progress in self._rescale(shards, dry_run):
+                async for progress in self._rescale(shards, by_heat, dry_run):
                     if progress.done:
                         last = progress
                     else:
@@ -206,7 +209,7 @@ class Rescaling:
             self._waiting = f"shard {', '.join(map(str, starting))} to start"
             await asyncio.sleep(_START_PAUSE_S)
 
-    async def _rescale(self, shards: int, dry_run: bool) -> AsyncIterator[RescaleProgress]:
+    async def _rescale(self, shards: int, by_heat: bool, dry_run: bool) -> AsyncIterator[RescaleProgress]:
         before = sorted(self._roster.shards)
         after = shards_after(before, shards)
         added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
@@ -214,7 +217,7 @@ class Rescaling:
             self._waiting = f"tables that are being made: {', '.join(self._changes.filling)}"
         await self._changes.idle()
         self._waiting = ""
-        plans = await self._checked_plans(after, removed)
+        plans = await self._checked_plans(after, removed, by_heat=by_heat)
         mover = self._mover = Mover(
             shards_before=len(before),
             shards_after=shards,
@@ -256,13 +259,13 @@ class Rescaling:
             raise
         yield mover.progress(table="", done=True)
 
-    async def _checked_plans(self, after: Sequence[int], removed: Sequence[int]) -> list[MovePlan]:
+    async def _checked_plans(self, after: Sequence[int], removed: Sequence[int], *, by_heat: bool) -> list[MovePlan]:
         """Plans of all tables, once every shard is as it should be and has room for what it would get."""
         await self._telling.require_settled(removed)
         statuses = await self._statuses()
         _require_whole(statuses, self._roster)
         views, round_bytes = self._roster.views, self._round_bytes
-        heats = await asyncio.gather(*(self._heat(view) for view in views))
+        heats = await asyncio.gather(*(self._heat(view) for view in views)) if by_heat else [None] * len(views)
         plans = await self._runner.run(
             lambda: [plan_moves(view, after, round_bytes, heat) for view, heat in zip(views, heats, strict=True)]
         )

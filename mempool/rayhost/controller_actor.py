@@ -55,6 +55,7 @@ class ControllerProcess:
             address=self._serving.address,
             dial=self._serving.dial,
             trainer_lease_s=self._config.shard.trainer_lease,
+            rescale_by=self._config.pool.rescale_by,
             refusals=self._launcher.refusals,
         )
         if restarted:  # nobody calls start() a second time

@@ -38,7 +38,10 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between two steps where it is disturbed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pool = RayPool(Path(folder), name="ranks", shards=_SHARDS, ray_address="local", trainer_lease_s=4.0)
+        # Bits of weights' gradients depend on where pages lie, and that must not depend on how often what was asked.
+        pool = RayPool(
+            Path(folder), name="ranks", shards=_SHARDS, ray_address="local", trainer_lease_s=4.0, rescale_by="pages"
+        )
         pool.edit("shard:\n", f'shard:\n  storage: {{"path": "{folder}/disk"}}\n')
         pool.up()
         try:

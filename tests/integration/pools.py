@@ -49,6 +49,7 @@ class RayPool:
         token: None binds to loopback; a token binds to all interfaces.
         memory: Of a shard.
         trainer_lease_s: How long a trainer may be silent.
+        rescale_by: As in the file.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RayPool:
         resources: dict[str, float] | None = None,
         memory: str = "256MiB",
         trainer_lease_s: float = 10.0,
+        rescale_by: str | None = None,
     ) -> None:
         self.name = name
         self.token = token
@@ -75,6 +77,7 @@ class RayPool:
         if ray_at is not None:
             self._env["RAY_ADDRESS"] = ray_at
         pool: dict[str, Any] = {"name": name, "shards": shards, "port": self.port}
+        pool |= {} if rescale_by is None else {"rescale_by": rescale_by}
         if token is not None:
             (folder / "token").write_text(token + "\n")
             pool |= {"bind": "0.0.0.0", "token_file": "token"}

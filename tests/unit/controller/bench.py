@@ -81,10 +81,14 @@ class Fleet:
 class Bench:
     """A controller over a fleet, and a client of it."""
 
-    def __init__(self, shards: int, *, round_bytes: int = 64 * 2**20, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self, shards: int, *, round_bytes: int = 64 * 2**20, memory_bytes: int | None = None, **options: Any
+    ) -> None:
         self.fleet = Fleet()
         self.fleet.memory_bytes = memory_bytes
-        self.controller = Controller("bench", launcher=self.fleet, dial=self.fleet.dial, round_bytes=round_bytes)
+        self.controller = Controller(
+            "bench", launcher=self.fleet, dial=self.fleet.dial, round_bytes=round_bytes, **options
+        )
         run(self.controller.open(shards), timeout_s=CALL_S)
         self._pools: list[Pool] = []
         self.pool = self.pool_of(self.controller)

@@ -117,6 +117,21 @@ def test_a_rescale_evens_load_too_and_moves_no_page_more_than_without_heat() -> 
         assert [load.before for load in reports[-1].loads] == [1.0, 0.0, 0.0, 0.0]
 
 
+def test_a_rescale_by_pages_leads_to_the_same_places_whatever_was_read() -> None:
+    places = []
+    for reads in (0, 160):
+        with Bench(2, rescale_by="pages") as bench:
+            table = facts(bench)
+            read(table, hot_ids(2), max(reads, 1))
+            for shards in (4, 3):
+                bench.pool.rescale(shards)
+                read(table, hot_ids(4), max(reads, 1))
+            places.append(bench.view("facts").placement.owners)
+            if reads:
+                assert bench.pool.rebalance(dry_run=True).pages_total, "who asks for it by name has load evened"
+    np.testing.assert_array_equal(*places)
+
+
 def test_where_little_was_read_nothing_moves_for_it() -> None:
     with Bench(2) as bench:
         table = facts(bench)
