@@ -368,14 +368,21 @@ ABLATIONS: dict[str, tuple[Any, str, Any]] = {
 SCENES: dict[str, Faults] = {
     "generation of a group": _dying(methods.UPDATE, skip=1, times=4),
     "what became of a step": _dying(methods.COMMIT, skip=1, times=2),
-    "end of earlier generations": _meeting(methods.COMMIT, "comes late, as all trainers die", 8.0, skip=3, times=2),
+    "end of earlier generations": Faults(
+        scene=Scene(
+            traps=(
+                Trap(path=methods.COMMIT.path, effect="comes late, as all trainers die", for_s=4.0, skip=1, times=3),
+                Trap(path=methods.UPDATE.path, effect="comes late", for_s=6.0, skip=8, times=1000),
+            )
+        )
+    ),
     "arrivals that are not given back": _meeting(methods.COMMIT, "its sender stands still", 14.0, skip=1, times=4),
     "ticket of a join": Faults(
         scene=Scene(
             traps=(
                 Trap(path=methods.MEET.path, effect="comes again", for_s=9.0, times=1000),
-                Trap(path=methods.UPDATE.path, effect="its sender dies", for_s=1.0, skip=4, times=2),
-                Trap(path=methods.UPDATE.path, effect="its sender stands still", for_s=14.0, skip=12, times=4),
+                Trap(path=methods.UPDATE.path, effect="its sender dies", for_s=1.0, skip=1, times=2),
+                Trap(path=methods.UPDATE.path, effect="its sender stands still", for_s=14.0, skip=5, times=4),
             )
         )
     ),
