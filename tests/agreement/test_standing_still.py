@@ -4,7 +4,7 @@ meant, and nothing twice."""
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -178,4 +178,59 @@ def test_a_step_that_a_dead_leader_had_given_another_number_is_given_back(here: 
         end_s = time.monotonic() + 10.0
         while held(ranks):
             assert time.monotonic() < end_s, "shards hold what nobody will commit"
+            time.sleep(0.05)
+
+
+@pytest.mark.filterwarnings("ignore:a step of table")  # as it was silent
+@pytest.mark.parametrize("stands_in", ["commit_own", "prepare_own"])
+def test_a_call_after_an_error_is_not_answered_with_what_came_of_another(here: GrpcPoolHere, stands_in: str) -> None:
+    """The leader is silent for its lease in a commit, and the other rank asks for a norm first, as its loop does; or it
+    is silent in a prepare, and the other rank commits at once."""
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        coordinator = ranks.pools[0].table("facts").link.session.coordinator
+        carry_out, goes_on, loop = getattr(coordinator, stands_in), asyncio.Event(), []
+
+        async def late(*args: Any, **how: Any) -> Any:
+            answer = await carry_out(*args, **how)
+            loop.append(asyncio.get_running_loop())
+            async with asyncio.timeout(30.0):
+                await goes_on.wait()
+            return answer
+
+        setattr(coordinator, stands_in, late)
+        stands_still(ranks, 0)
+
+        def lead() -> int:
+            table = ranks.pools[0].table("facts")
+            push(table, 1, rank=0, world_size=2)
+            if stands_in == "prepare_own":
+                table.prepare()
+            return commit(ranks.pools[0])
+
+        def follow() -> int:
+            table = ranks.pools[1].table("facts")
+            push(table, 1, rank=1, world_size=2)
+            with pytest.raises(RankLost):
+                table.prepare() if stands_in == "prepare_own" else table.commit()
+            loop[0].call_soon_threadsafe(goes_on.set)
+            if stands_in == "commit_own":
+                _until_back(table.prepare)
+            return commit(ranks.pools[1])
+
+        assert together([lead, follow]) == [1, 1]
+        setattr(coordinator, stands_in, carry_out)
+        assert [pool.table("facts").pending for pool in ranks.pools] == [0, 0]
+        ranks.each(lambda rank, pool: step(pool, 2, rank=rank, world_size=2))
+        check(ranks, 3)
+
+
+def _until_back(call: Callable[[], Any]) -> None:
+    end_s = time.monotonic() + 30.0
+    while True:
+        try:
+            call()
+            return
+        except RankLost:
+            assert time.monotonic() < end_s
             time.sleep(0.05)

@@ -189,6 +189,13 @@ def _keep(folder: Path, step: int, net: nn.Module, dense: torch.optim.Optimizer)
     (folder / f"dense-{step - _KEPT}.pt").unlink(missing_ok=True)
 
 
+def _in_rank_order(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean, summed in the order of ranks."""
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(torch.distributed.get_world_size())]
+    gathered = torch.distributed.all_gather(parts, bucket.buffer(), async_op=True)
+    return gathered.get_future().then(lambda _: sum(parts[1:], parts[0]) / len(parts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("address")
@@ -218,6 +225,9 @@ def main() -> None:
             net.load_state_dict(state["net"])
             dense.load_state_dict(state["dense"])
         model = nn.parallel.DistributedDataParallel(net)
+        # DDP lays its buckets out anew behind its first step, and the order in which three are summed depends on that:
+        # a job that was started again has other bits in its dense part than one that was not.
+        model.register_comm_hook(None, _in_rank_order)
         while step < options.steps:
             if step in rescales:  # again, where the job was killed in it
                 torch.distributed.barrier()

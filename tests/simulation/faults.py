@@ -124,7 +124,7 @@ class Chaos:
                 Trap.draw_of_disks(disks, restarts=faults.restarts, saves=saves) for _ in range(faults.disk_traps)
             ]
         traps = tuple(dict.fromkeys((*faults.scene.traps, *drawn)))
-        self._traps = Traps(traps, park, kill_trainer=kill_trainer)
+        self._traps = Traps(traps, park, kill_trainer=kill_trainer, trainers=trainers)
         self._over = False
 
     def begin(self) -> None:

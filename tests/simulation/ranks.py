@@ -19,6 +19,7 @@ from unittest import mock
 from mempool.agreement.book import OF_OTHER_RANKS
 from mempool.agreement.groups import home
 from mempool.agreement.groups.home import Groups
+from mempool.client.groups import group as client_group
 from mempool.client.groups.group import enter
 from mempool.client.groups.joining import Joining
 from mempool.client.groups.stepping import SyncGroup
@@ -28,6 +29,7 @@ from mempool.client.training.session import Session
 from mempool.errors import AlreadyExists, MempoolError, RankLost
 from mempool.shard import engine
 from mempool.shard.meeting import Meetings
+from mempool.types import StepId
 from mempool.types.bags import Bags
 from mempool.types.groups.meeting import Terms
 from mempool.wire import methods
@@ -100,6 +102,7 @@ class RankLife(_Life):
             return False
         group = self.coordinator.group
         assert isinstance(group, SyncGroup)
+        self.group.gone_on(group.member.generation)
         renew = group._renew
 
         async def renewed(generation: int) -> None:
@@ -215,6 +218,7 @@ class GroupWorkload(Workload):
         ended: Ranks that have committed since the end began.
         acknowledged: (rank, table id, update) of each that a rank was told of. dropped: of each that it has dropped.
         prepares, drops: Whether steps are prepared before they are committed, and dropped after an error.
+        ended_with: By generation that a rank has entered: the steps of the group that were decided by then.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -227,6 +231,7 @@ class GroupWorkload(Workload):
         self.dropped: list[tuple[str, int, Content]] = []
         self.prepares = self._random.random() < 0.5
         self.drops = self._random.random() < 0.5
+        self.ended_with: dict[int, set[tuple[int, StepId]]] = {}
 
     async def begin(self) -> None:
         await self._on(self._operator, self._make_tables(self._random.choice((1, 1, 2))))
@@ -249,6 +254,11 @@ class GroupWorkload(Workload):
         trainer = self.trainers[name] = Trainer(self.park, name)
         life = RankLife(self, trainer, f"{name}/{self._starts}")
         self._lives[name] = trainer.loop.create_task(life.live())
+
+    def gone_on(self, generation: int) -> None:
+        """A rank has entered: what is of an earlier one is decided by now, or never."""
+        decided = {(table_id, step.step_id) for (table_id, _), step in self.history.decided.items()}
+        self.ended_with.setdefault(generation, decided)
 
     def restarts(self) -> int:
         """As a launcher counts them."""
@@ -298,6 +308,13 @@ def check_group(run: GroupRun) -> None:
                 history.say(f"version {version} of table {table_id} has update {sequence}, which nobody has sent")
             else:
                 found[id(content)] += 1
+    for generation, decided in workload.ended_with.items():
+        for (table_id, version), step in history.decided.items():
+            if step.step_id.generation < generation and (table_id, step.step_id) not in decided:
+                history.say(
+                    f"version {version} of table {table_id} is of generation {step.step_id.generation}, and was decided"
+                    f" after a rank had gone on in {generation}"
+                )
     if any(count > 1 for count in found.values()):
         history.say(f"{sum(count > 1 for count in found.values())} updates are in two steps")
     for name, table_id, content in workload.acknowledged:
@@ -321,10 +338,21 @@ async def _never(*_: Any) -> bool:
     return False
 
 
+def _taken_back(groups: Groups, group: Any, member: Any, request: Any, _: float) -> Any:
+    """Whoever wants its arrival back gets it, whatever has come of it."""
+    member.number = max(member.number, request.number + 1)
+    groups._take(member, None)
+    return groups._reply(group, "heard")
+
+
+def _meeting(method: Method[Any, Any], effect: traps.Effect, for_s: float, **which: int) -> Faults:
+    """Such messages, and who has sent them, meet something."""
+    return Faults(scene=Scene(traps=(Trap(path=method.path, effect=effect, for_s=for_s, **which),)))  # type: ignore[arg-type]
+
+
 def _dying(method: Method[Any, Any], *, skip: int, times: int) -> Faults:
     """Ranks die as such a message of theirs has been served."""
-    trap = Trap(path=method.path, effect="its sender dies", for_s=1.0, skip=skip, times=times)
-    return Faults(scene=Scene(traps=(trap,)))
+    return _meeting(method, "its sender dies", 1.0, skip=skip, times=times)
 
 
 ABLATIONS: dict[str, tuple[Any, str, Any]] = {
@@ -332,11 +360,32 @@ ABLATIONS: dict[str, tuple[Any, str, Any]] = {
     "what became of a step": (SyncGroup, "_is_decided", _never),
     "lease of a rank": (Groups, "_lives", lambda _, member, __: member is not None),
     "sending again": (SyncGroup, "_send_again", _never),
+    "end of earlier generations": (client_group, "end_before", _never),
+    "arrivals that are not given back": (Groups, "_take_back", _taken_back),
+    "ticket of a join": (Groups, "_is_due", lambda *_: True),
 }
 """Safeguards of groups, and what takes their place where one is switched off."""
 SCENES: dict[str, Faults] = {
     "generation of a group": _dying(methods.UPDATE, skip=1, times=4),
     "what became of a step": _dying(methods.COMMIT, skip=1, times=2),
+    "end of earlier generations": Faults(
+        scene=Scene(
+            traps=(
+                Trap(path=methods.COMMIT.path, effect="comes late, as all trainers die", for_s=4.0, skip=1, times=3),
+                Trap(path=methods.UPDATE.path, effect="comes late", for_s=6.0, skip=8, times=1000),
+            )
+        )
+    ),
+    "arrivals that are not given back": _meeting(methods.COMMIT, "its sender stands still", 14.0, skip=1, times=4),
+    "ticket of a join": Faults(
+        scene=Scene(
+            traps=(
+                Trap(path=methods.MEET.path, effect="comes again", for_s=9.0, times=1000),
+                Trap(path=methods.UPDATE.path, effect="its sender dies", for_s=1.0, skip=1, times=2),
+                Trap(path=methods.UPDATE.path, effect="its sender stands still", for_s=14.0, skip=5, times=4),
+            )
+        )
+    ),
 }
 """In which they are missed soon; others are in any run."""
 

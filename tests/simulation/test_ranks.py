@@ -5,7 +5,15 @@ import torch
 
 from tests.simulation.ranks import ABLATIONS, play, play_with, play_without
 
-SEEN_AT = {"generation of a group": 1, "what became of a step": 3, "lease of a rank": 1, "sending again": 4}
+SEEN_AT = {
+    "generation of a group": 1,
+    "what became of a step": 3,
+    "lease of a rank": 1,
+    "sending again": 4,
+    "end of earlier generations": 16,
+    "arrivals that are not given back": 10,
+    "ticket of a join": 13,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,7 @@ seed: the message's kind, what happens then, for how long, and how many of them 
 """
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from tests.simulation.processes import CONTROLLER, Keeps, Park
 Effect = Literal[
     "comes late",
     "comes late, of a sender that dies",
+    "comes late, as all trainers die",
     "comes again",
     "comes again with a Commit",
     "is answered late",
@@ -34,6 +35,7 @@ Effect = Literal[
 SENT: tuple[Effect, ...] = (
     "comes late",
     "comes late, of a sender that dies",
+    "comes late, as all trainers die",
     "comes again",
     "comes again with a Commit",
     "they are cut off from each other",
@@ -277,13 +279,22 @@ class Traps:
         traps: Each counts for itself.
         park: The processes.
         kill_trainer: Kills one, by name.
+        trainers: Those that run, by name.
     """
 
-    def __init__(self, traps: tuple[Trap, ...], park: Park, *, kill_trainer: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        traps: tuple[Trap, ...],
+        park: Park,
+        *,
+        kill_trainer: Callable[[str], None],
+        trainers: Mapping[str, object],
+    ) -> None:
         self._left = {trap: [trap.skip, trap.times] for trap in traps}
         self._rounds: dict[Trap, set[str]] = {trap: set() for trap in traps}
         self._park = park
         self._kill_trainer = kill_trainer
+        self._trainers = trainers
         self._over = False
 
     def begin(self) -> None:
@@ -325,7 +336,9 @@ class Traps:
         network.counts[f"trap: {call.method.name} {trap.effect}"] += 1
         if trap.effect.startswith("comes late"):
             network.late[call.number] = trap.for_s
-            if trap.effect != "comes late":
+            if trap.effect == "comes late, as all trainers die":
+                world.call_soon(self._kill_trainers, context=contextvars.Context())
+            elif trap.effect != "comes late":
                 world.call_soon(self._kill, call.process, COMES_BACK_S, context=contextvars.Context())
         elif trap.effect == "comes again":
             network.again[call.number] = trap.for_s
@@ -365,6 +378,10 @@ class Traps:
             self._park.kill_controller(comes_back_s=for_s)
         elif not loop.name.startswith("shard"):
             self._kill_trainer(loop.name)
+
+    def _kill_trainers(self) -> None:
+        for name in sorted(self._trainers):
+            self._kill_trainer(name)
 
     def _stop(self, loop: ProcessLoop | None, for_s: float) -> None:
         if loop is not None and loop is not self._park.scheduler.world:

@@ -96,8 +96,12 @@ class LedMeeting:
         )
         return True
 
+    def prepared(self, parts: Iterable[WordPart]) -> None:
+        """It ends well: a norm is known."""
+        self._say("prepared", parts)
+
     def done(self, parts: Iterable[WordPart]) -> None:
-        """It ends well."""
+        """It ends well: a step is committed."""
         self._say("done", parts)
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

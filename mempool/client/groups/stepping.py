@@ -274,7 +274,7 @@ class SyncGroup:
                 each and replace(each, squared_norm=each.squared_norm * scale**2, norm=each.norm * scale)
                 for each in answers
             ]
-            meeting.done(
+            meeting.prepared(
                 WordPart(
                     table_id=session.table_id,
                     step=session.book.open.step_id.step,
@@ -337,8 +337,11 @@ class SyncGroup:
             self._empty.clear()
         if word.kind == "again":
             await self._send_again(sessions, word)
-        elif word.kind in ("done", "earlier"):
-            self._follow(sessions, word, committed=committing or word.kind == "earlier")
+        elif word.kind in ("prepared", "done", "earlier"):
+            self._follow(sessions, word, committed=word.kind != "prepared")
+            if word.kind == "done" and not committing:  # it came with that in a call that was cut off
+                self.member.steps += not self._ended
+                self._ended = True
         elif word.kind == "undone":
             for session in sessions:
                 if session.book.closing is not None:
@@ -346,7 +349,8 @@ class SyncGroup:
         self.member.meeting = word.meeting + 1
         if word.kind in ("undone", "failed"):
             raise error_of(word)
-        return word if word.kind == "done" else None
+        # What came of a call that was cut off may be another thing than what it comes for now.
+        return word if word.kind == ("done" if committing else "prepared") else None
 
     def _follow(self, sessions: Sequence[Session], word: Word, *, committed: bool) -> None:
         told = {part.table_id: part for part in word.parts}
@@ -357,7 +361,7 @@ class SyncGroup:
             session.commits += committed
             if part.version:
                 self._router.versions.saw(session.table_id, part.version)
-            if session.book.closing is not None and session.book.closing.committing:
+            if committed and session.book.closing is not None and session.book.closing.committing:
                 self._count(session)
             session.book.follow(part.step, committed=committed)
 

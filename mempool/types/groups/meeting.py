@@ -12,7 +12,7 @@ RankState = Literal["here", "lost", "left", "awaited"]
 MeetKind = Literal["join", "beat", "arrive", "leave"]
 MeetPhase = Literal["prepare", "commit"]
 MeetAnswer = Literal["heard", "wait", "occupied", "changed", "lost", "arrived", "word"]
-WordKind = Literal["done", "earlier", "again", "undone", "failed"]
+WordKind = Literal["prepared", "done", "earlier", "again", "undone", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +89,9 @@ class Word:
     """What the leader says to the others of a meeting, once it has carried it out.
 
     Attributes:
-        kind: "done". "earlier": a step that was in doubt is committed; come again with what is pending. "again": send
-            updates again, and come again. "undone": nothing was decided. "failed": whether it was is not known yet.
+        kind: "prepared": its parts say what a commit would have. "done": the step is committed. "earlier": a step
+            that was in doubt is committed; come again with what is pending. "again": send updates again, and come
+            again. "undone": nothing was decided. "failed": whether it was is not known yet.
         message, code: Of the last two: why, and what kind of error that is.
     """
 

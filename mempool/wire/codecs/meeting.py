@@ -31,6 +31,7 @@ _WORD = Mirror(
     {
         "kind": Choice(
             {
+                "prepared": pb.WORD_KIND_PREPARED,
                 "done": pb.WORD_KIND_DONE,
                 "earlier": pb.WORD_KIND_EARLIER,
                 "again": pb.WORD_KIND_AGAIN,

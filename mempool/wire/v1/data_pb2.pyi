@@ -195,7 +195,7 @@ class _WordKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordKind.Val
     WORD_KIND_UNSPECIFIED: _WordKind.ValueType  # 0
     """Never sent."""
     WORD_KIND_DONE: _WordKind.ValueType  # 1
-    """It is done."""
+    """The step is committed."""
     WORD_KIND_EARLIER: _WordKind.ValueType  # 2
     """An earlier step, which was in doubt, is committed: arrive again with what is pending."""
     WORD_KIND_AGAIN: _WordKind.ValueType  # 3
@@ -204,6 +204,8 @@ class _WordKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordKind.Val
     """Nothing was decided."""
     WORD_KIND_FAILED: _WordKind.ValueType  # 5
     """It is not known yet what became of it: the next meeting tells."""
+    WORD_KIND_PREPARED: _WordKind.ValueType  # 6
+    """What was asked for is not the end of a step: its parts say what a commit would have."""
 
 class WordKind(_WordKind, metaclass=_WordKindEnumTypeWrapper):
     """What the leader says of a meeting."""
@@ -211,7 +213,7 @@ class WordKind(_WordKind, metaclass=_WordKindEnumTypeWrapper):
 WORD_KIND_UNSPECIFIED: WordKind.ValueType  # 0
 """Never sent."""
 WORD_KIND_DONE: WordKind.ValueType  # 1
-"""It is done."""
+"""The step is committed."""
 WORD_KIND_EARLIER: WordKind.ValueType  # 2
 """An earlier step, which was in doubt, is committed: arrive again with what is pending."""
 WORD_KIND_AGAIN: WordKind.ValueType  # 3
@@ -220,6 +222,8 @@ WORD_KIND_UNDONE: WordKind.ValueType  # 4
 """Nothing was decided."""
 WORD_KIND_FAILED: WordKind.ValueType  # 5
 """It is not known yet what became of it: the next meeting tells."""
+WORD_KIND_PREPARED: WordKind.ValueType  # 6
+"""What was asked for is not the end of a step: its parts say what a commit would have."""
 Global___WordKind: _TypeAlias = WordKind  # noqa: Y015
 
 class _MeetAnswer:

@@ -34,7 +34,7 @@ _OFFERED = _some(st.builds(types.OfferedPart, table_id=U64, step=U64, sequences=
 _WORD = st.none() | st.builds(
     types.Word,
     meeting=U64,
-    kind=st.sampled_from(["done", "earlier", "again", "undone", "failed"]),
+    kind=st.sampled_from(["prepared", "done", "earlier", "again", "undone", "failed"]),
     parts=_some(
         st.builds(
             types.WordPart,
