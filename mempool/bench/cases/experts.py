@@ -126,8 +126,8 @@ def update(tables: Tables, spec: TableSpec, num_bags: int, bag_size: int, ids: s
 
 
 def _on_the_wire(value_dim: int, input_dim: int, bag_size: int) -> str:
-    """What a token costs of a pool of one shard, in tensors of float32: inputs, ids, gates and an offset go out and sums
-    come in; inputs and gradients go out, and those of inputs and gates come in."""
+    """What a token costs of a pool of one shard, in tensors of float32: inputs, ids, gates and an offset go out,
+    sums come in; inputs and gradients go out, and those of inputs and gates come in."""
     forward = 4 * value_dim + 8 * bag_size + 8
     backward = 4 * value_dim + 4 * (bag_size + input_dim)
     rows = 4 * value_dim * bag_size
