@@ -5,6 +5,7 @@ from mempool.nn.choice import MemoryLookup
 from mempool.nn.decoders import from_pretrained, retrofit, save_pretrained
 from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
+from mempool.nn.ngrams import NgramLookup, NgramMemory, NgramRows, Ngrams, canonical_ids
 from mempool.nn.optimizer import PoolOptimizer
 from mempool.nn.pending import PendingMemory
 from mempool.nn.state import PoolState
@@ -13,10 +14,15 @@ from mempool.nn.tables import reading
 __all__ = [
     "MemoryLayer",
     "MemoryLookup",
+    "NgramLookup",
+    "NgramMemory",
+    "NgramRows",
+    "Ngrams",
     "PendingMemory",
     "PoolOptimizer",
     "PoolState",
     "TableGradient",
+    "canonical_ids",
     "from_pretrained",
     "reading",
     "retrofit",
