@@ -3,7 +3,7 @@
 Queries, keys, gate and output projection are ordinary parameters of the model; the values belong to the table, which
 fetches their weighted sums and takes their gradients (``mempool.client``). Scores to weights: ``choice``.
 
-Shape legend: B bags (tokens), H heads, K top-k, D key dim, N half-keys of a codebook (slots = N * N), V value dim.
+Shape legend: B bags (tokens), H heads, K top-k, D key dim, V value dim.
 """
 
 import copy
@@ -20,7 +20,7 @@ from mempool.client.gathers.pending import begin
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
 from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
-from mempool.nn.parts import Gate, Out, gate_part, out_part
+from mempool.nn.parts import Gate, Out, gate_part, out_part, projected
 from mempool.nn.pending import PendingMemory
 from mempool.nn.scoring import product_topk, unit_rms
 from mempool.nn.sizes import (
@@ -85,8 +85,8 @@ class MemoryLayer(nn.Module):
 
     Attributes:
         query: Linear(dim, heads * key_dim).
-        half_keys: Parameter [heads, 2, n, key_dim / 2], n * n = slots of the table. Also readable as ``keys``. With
-            keys="pool" None.
+        half_keys: Parameter [heads, ways, n, key_dim / ways], n the fewest with n ** ways >= slots of the table. Also
+            readable as ``keys``. With keys="pool" None.
         gate: Linear(dim, value_dim); None with gate="none".
         out: Linear(value_dim, out_dim); None where nothing needs projecting.
         gating: Linear(dim, 1) with mem_gated; else None.
@@ -99,14 +99,17 @@ class MemoryLayer(nn.Module):
 
     Args:
         dim: Width of the input.
-        table: A table whose number of slots is a square; of any number of slots where it trains flat keys.
-        keys: "model": half-keys are parameters of the layer. "pool": the table trains them (it was made with
+        table: A table. Where its slots are no n ** ways, the last of the products are no slots, and never chosen; that
+            takes up to half as long again as products of all.
+        keys: "model" or "product": half-keys are parameters of the layer. "pool": the table trains them (made with
             ``ProductKeys(..., optimizer=...)`` or ``FlatKeys``): the layer sends queries and has no keys; the same
             training by ``PoolOptimizer``. Each call and each backward pass take a round trip more. A graph break under
             ``torch.compile``.
+        ways: Parts into which a query is cut, each with a codebook. 3 have far fewer half-keys than 2, and share each
+            among far more slots. None: 2.
         heads: Queries per token, each with keys of its own; None: 4, or as the keys in the pool have.
         topk: Slots per head, at most all of them.
-        key_dim: Width of a query; even. None: 128, or as the keys in the pool have.
+        key_dim: Width of a query; a multiple of ways. None: 128 or the next multiple, or as the keys in the pool have.
         query: A module from [..., dim] to [..., heads * key_dim], in place of the linear layer.
         query_bias: Give the linear layer ``query`` a bias.
         gate: "silu" for Memory+, "none" for the plain memory layer; or a module from [..., dim] to [..., value_dim] in
@@ -116,7 +119,7 @@ class MemoryLayer(nn.Module):
         out_dim: Width of the output; dim if None.
         scores: What makes weights of the scores of the chosen slots: "softmax", "relu", or a function of [B, H, K]
             float32 that answers weights of that shape.
-        qk_norm: Normalise each half of a query and every half-key to a root mean square of 1, and divide the scores by
+        qk_norm: Normalise each part of a query and every half-key to a root mean square of 1, and divide the scores by
             sqrt(key_dim), as attention with qk-norm does: bounds the scores by sqrt(key_dim), for stable training.
         query_norm: Normalise each whole query to a root mean square of 1 (no learned gain: keys can learn it).
         input_dropout: Of x, before everything else.
@@ -132,7 +135,7 @@ class MemoryLayer(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        InvalidRequest: The table's slots are no square, or an argument makes no sense; the message says which.
+        InvalidRequest: An argument makes no sense, or does not fit the table; the message says which.
 
     Example:
         >>> layer = mempool.nn.MemoryLayer(512, table=table, heads=4, topk=32)
@@ -151,7 +154,8 @@ class MemoryLayer(nn.Module):
         dim: int,
         *,
         table: Table,
-        keys: Literal["model", "pool"] = "model",
+        keys: Literal["model", "product", "pool"] = "model",
+        ways: int | None = None,
         heads: int | None = None,
         topk: int = 32,
         key_dim: int | None = None,
@@ -179,13 +183,21 @@ class MemoryLayer(nn.Module):
         self.out_dim = self.dim if out_dim is None else checked_int("out_dim", out_dim)
         pool_keys = None
         if checked_keys(keys) == "pool":
-            of_model = {"qk_norm": qk_norm, "key_init_std": key_init_std, "deterministic": not deterministic}
+            of_model = {
+                "ways": ways,
+                "qk_norm": qk_norm,
+                "key_init_std": key_init_std,
+                "deterministic": not deterministic,
+            }
             pool_keys = checked_pool_keys(table, heads, key_dim, **of_model)
             heads, key_dim = pool_keys.heads, pool_keys.key_dim
         product = pool_keys is None or pool_keys.product
         self.heads = checked_int("heads", 4 if heads is None else heads)
         self.topk = checked_topk(topk, num_slots=schema.num_slots)
-        self.key_dim = checked_key_dim(128 if key_dim is None else key_dim, halves=product)
+        self.ways = (2 if ways is None else checked_int("ways", ways, at_least=2)) if product else 1
+        self.key_dim = checked_key_dim(
+            -(-128 // self.ways) * self.ways if key_dim is None else key_dim, parts=self.ways
+        )
         self.scores = checked_scores(scores)
         self.input_dropout = checked_dropout("input_dropout", input_dropout)
         self.query_dropout = checked_dropout("query_dropout", query_dropout)
@@ -198,13 +210,13 @@ class MemoryLayer(nn.Module):
         self.deterministic = deterministic
         self.overlap = overlap
         self.table = table
-        self.codebook_size = codebook_size(schema.name, schema.num_slots) if product else 0
+        self.codebook_size = codebook_size(schema.name, schema.num_slots, self.ways) if product else 0
         self.keep_lookup = False
         self.last_lookup: MemoryLookup | None = None
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         width = self.heads * self.key_dim
         self.query = nn.Linear(self.dim, width, bias=query_bias, **made) if query is None else query
-        shape = (self.heads, 2, self.codebook_size, self.key_dim // 2)
+        shape = (self.heads, self.ways, self.codebook_size, self.key_dim // self.ways)
         self.half_keys = nn.Parameter(torch.empty(shape, **made)) if pool_keys is None else None
         self.gate = gate_part(gate, self.dim, schema.value_dim, made)
         self.out = out_part(out, schema.value_dim, self.out_dim, made, gated=self.gate is not None)
@@ -325,7 +337,7 @@ class MemoryLayer(nn.Module):
         return F.dropout(x, self.input_dropout, self.training) if self.input_dropout else x
 
     def _made(self, x: Tensor, bag: Tensor, gate: Tensor | None) -> Tensor:
-        y = self._projected(x, bag.view(*x.shape[:-1], self.table.schema.value_dim), gate)
+        y = projected(x, bag.view(*x.shape[:-1], self.table.schema.value_dim), gate, self.out)
         if self.value_dropout:
             y = F.dropout(y, self.value_dropout, self.training)
         return y if self.gating is None else torch.sigmoid(self.gating(x)) * y
@@ -356,13 +368,13 @@ class MemoryLayer(nn.Module):
             queries = F.dropout(queries, self.query_dropout, self.training)
         queries = queries.float().reshape(*x.shape[:-1], self.heads, self.key_dim)
         if self.qk_norm:
-            halves = [unit_rms(half) for half in queries.chunk(2, dim=-1)]
-            return torch.cat(halves, dim=-1) / math.sqrt(self.key_dim)
+            parts = [unit_rms(part) for part in queries.chunk(self.ways, dim=-1)]
+            return torch.cat(parts, dim=-1) / math.sqrt(self.key_dim)
         return unit_rms(queries) if self.query_norm else queries
 
     def scoring_keys(self) -> Tensor:
-        """The keys as they are scored: [heads, 2, n, key_dim / 2] float32, normalised with qk_norm; flat keys [slots,
-        key_dim]."""
+        """The keys as they are scored: [heads, ways, n, key_dim / ways] float32, normalised with qk_norm; flat keys
+        [slots, key_dim]."""
         if self.half_keys is None:
             return self.table.read_keys()
         keys = self.half_keys.float()
@@ -378,8 +390,9 @@ class MemoryLayer(nn.Module):
             queries,
             self.scoring_keys(),
             topk=self.topk,
-            stride=self.table.schema.stride,
+            stride=self.codebook_size,
             deterministic=self.deterministic,
+            num_slots=self.table.num_slots,
         )
         return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)
 
@@ -403,20 +416,6 @@ class MemoryLayer(nn.Module):
 
     def _gate(self, x: Tensor) -> Tensor | None:
         return None if self.gate is None else F.silu(self.gate(x))
-
-    def _projected(self, x: Tensor, bag: Tensor, gate: Tensor | None) -> Tensor:
-        # In the type in which the layer's own modules speak: that of the gate's answer, or of x. Their weights say
-        # nothing of it: those may be integers, or in another module.
-        dtype = x.dtype
-        if gate is not None:
-            if gate.shape != bag.shape:
-                raise InvalidRequest(
-                    f"gate answered {list(gate.shape)} for {list(x.shape)}; its last dimension must be the table's"
-                    f" value_dim = {bag.shape[-1]}"
-                )
-            dtype, bag = gate.dtype, gate * bag
-        bag = bag.to(dtype)
-        return bag if self.out is None else self.out(bag)
 
     def extra_repr(self) -> str:
         norms = "".join(f", {name}=True" for name in ("qk_norm", "query_norm") if getattr(self, name))

@@ -43,7 +43,14 @@ def result_of(layer: MemoryLayer, forward: Callable[[Tensor], Tensor]) -> list[T
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "scores": "relu", "mem_gated": True, "gate": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qk_norm": True, "scores": "relu", "mem_gated": True, "gate": "none"},
+        {"ways": 3},
+    ],
+)
 def test_whole_graphs_equal_plain_ones(backend: str, options: dict[str, Any]) -> None:
     layer = make_layer(**options)
     plain = result_of(layer, layer)

@@ -242,12 +242,6 @@ def test_senseless_sizes_are_refused(options: dict[str, object], message: str) -
         make_layer(**options)  # type: ignore[arg-type]
 
 
-def test_slots_that_are_no_square_are_refused_with_the_nearest_that_are() -> None:
-    table = local_table(num_slots=1_500, value_dim=2)
-    with pytest.raises(InvalidRequest, match=r"'facts' has 1_500 slots.*Nearest: 1_444 \(38\^2\) or 1_521 \(39\^2\)"):
-        MemoryLayer(8, table=table)
-
-
 def test_input_of_another_width_is_refused() -> None:
     layer = make_layer()
     for shape in ((3, 11), ()):
