@@ -50,6 +50,19 @@ class Implementation(Protocol):
     def weight_gradient(
         self, paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor, out: Tensor | None = None
     ) -> Tensor: ...
+    def expert_sums(
+        self, paged: Paged, ids: Tensor, gates: Tensor | None, offsets: Tensor, inputs: Tensor, act: str
+    ) -> Tensor: ...
+    def expert_gradients(
+        self,
+        paged: Paged,
+        ids: Tensor,
+        gates: Tensor | None,
+        offsets: Tensor,
+        grads: Tensor,
+        input_dim: int,
+        act: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
     def sort_pairs(self, paged: Paged, ids: Tensor) -> SortedPairs: ...
     def segment_sum(self, pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor) -> Tensor: ...
     def segment_sum_and_norm(

@@ -3,6 +3,7 @@ and memory for models that others built."""
 
 from mempool.nn.choice import MemoryLookup
 from mempool.nn.decoders import from_pretrained, retrofit, save_pretrained
+from mempool.nn.experts import PEERLayer
 from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
 from mempool.nn.ngrams import NgramLookup, NgramMemory, NgramRows, Ngrams, canonical_ids
@@ -18,6 +19,7 @@ __all__ = [
     "NgramMemory",
     "NgramRows",
     "Ngrams",
+    "PEERLayer",
     "PendingMemory",
     "PoolOptimizer",
     "PoolState",

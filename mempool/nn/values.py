@@ -12,7 +12,7 @@ from mempool.client.gathers.markers import Mark
 from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import LookupRecord
 from mempool.types import TrainedKeySpec
-from mempool.types.bags import Bags
+from mempool.types.bags import Act, Bags
 
 
 def values_parameter(*, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -62,6 +62,17 @@ class LayerLink:
 
     def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
         answer = self._link.send_update(record, grads, hold=hold, want_weight_grad=want_weight_grad)
+        if hold and self._mark is not None:
+            self._mark.pushed()
+        return answer
+
+    def send_experts(self, bags: Bags, inputs: Tensor, *, act: Act, remember: bool) -> tuple[Tensor, LookupRecord]:
+        return self._link.send_experts(bags, inputs, act=act, remember=remember)
+
+    def send_expert_update(
+        self, record: LookupRecord, grads: Tensor, *, hold: bool, want_grads: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        answer = self._link.send_expert_update(record, grads, hold=hold, want_grads=want_grads)
         if hold and self._mark is not None:
             self._mark.pushed()
         return answer

@@ -18,6 +18,7 @@ from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.array_gathers import ArrayGathers
 from mempool.shard.durable.records import Counted, Held, Written
+from mempool.shard.experts.answers import ExpertAnswers
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
 from mempool.shard.reading.pieces import parts_of, queries_at_once
@@ -108,6 +109,9 @@ class Answers:
         self._contexts = contexts
         self._stages = stages
         self.arrays = ArrayGathers(tenancy, contexts=contexts, stages=stages, reply_bytes=reply_bytes, pace=pace)
+        self._experts = ExpertAnswers(
+            stages=stages, reply_bytes=reply_bytes, message_bytes=message_bytes, reserve=reserve
+        )
         self._reply_bytes = reply_bytes
         self._message_bytes = message_bytes
         self._pace = pace
@@ -154,7 +158,7 @@ class Answers:
             space: As of ``gather``.
         """
         table = self._tenancy.tables.get(request.envelope.table_id)
-        if table is None or request.pin:
+        if table is None or request.pin or request.act:
             return None
         ids, offsets = request.ids, request.offsets
         num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + BAG_ROWS * offsets.numel())
@@ -193,6 +197,9 @@ class Answers:
     def _gather(
         self, table: Read, request: GatherRequest, space: Space | None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
+        if request.act:
+            waits = self._waits(table, request.envelope)
+            return self._experts_gathered(table, request) if waits is None else waits
         begun = self._begun(table, request, space)
         if isinstance(begun, Parked):
             return begun
@@ -207,6 +214,10 @@ class Answers:
         shape, form = _form(table, bags, dtype)
         self._reserve(form.itemsize * shape[0] * shape[1])
         return BegunGather(request, table, bags, dtype, None if space is None else space(shape, form))
+
+    def _experts_gathered(self, table: Read, request: GatherRequest) -> GatherReply:
+        bags, sums = self._experts.gather(table, request)
+        return self._gathered(BegunGather(request, table, bags, sums.dtype, None), sums)
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
         return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + BAG_ROWS * begun.bags.num_bags))
@@ -262,11 +273,13 @@ class Answers:
         """What holds an update; space: gives the memory that the weights' gradient is written to."""
         table = self._tenancy.fenced(request.envelope)
         bounds.check_step(request.step_id, (request.sequence,))
-        if request.want_weight_grad and (waits := self._waits(table, request.envelope)) is not None:
+        if (request.want_weight_grad or request.act) and (waits := self._waits(table, request.envelope)) is not None:
             return waits
         if request.hold:
             table.require_newest(request.step_id)
         held = table.updates.get(request.step_id, request.sequence) if request.hold else None
+        if held is not None and request.act:
+            return self._updated(request, table, None, self._experts.again(table, request, held), caller)
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
             update = held
@@ -280,9 +293,14 @@ class Answers:
                 reserve=self._reserve,
             )
             if request.hold and not table.is_decided(request.step_id):
-                table.updates.require_room(request.step_id, _held_bytes(table, request, remembered), caller=caller)
+                table.updates.require_room(
+                    request.step_id, validate.held_bytes(table.storage, request, remembered), caller=caller
+                )
             if request.grads.dtype == torch.uint8:
                 self._reserve(4 * request.grads.numel())  # unpacked, that is more than the message
+            if request.act:
+                update, gradients = self._experts.update(table, request, remembered)
+                return self._updated(request, table, update if request.hold else None, gradients, caller)
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
                     *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
@@ -470,15 +488,6 @@ def _form(table: Read, bags: Bags, dtype: torch.dtype) -> tuple[tuple[int, int],
     if dtype != torch.float8_e4m3fn:
         return (bags.num_bags, storage.width), dtype
     return (bags.num_bags, 0 if storage.packed_sums is None else storage.packed_sums.row_bytes), torch.uint8
-
-
-def _held_bytes(table: HostedTable, request: UpdateRequest, remembered: Bags | None) -> int:
-    """What holding an update takes, near enough to refuse it before it is copied."""
-    num_bytes = 4 * request.grads.numel()
-    if request.ids is None:
-        return num_bytes + (0 if remembered is None else remembered.num_bytes)
-    weights = 0 if request.weights is None else 4 * request.weights.numel()
-    return num_bytes + table.storage.id_dtype.itemsize * request.ids.numel() + weights
 
 
 def _parts_of(bags: Bags, row_bytes: int, pace: Pace) -> Iterator[tuple[int, int, Bags]]:

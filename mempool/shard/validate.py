@@ -225,6 +225,16 @@ def check_update(
     )
 
 
+def held_bytes(table: Storage, request: UpdateRequest, remembered: Bags | None) -> int:
+    """What holding an update takes, near enough to refuse it before it is copied. One of experts is held twice."""
+    times = 2 if request.act else 1
+    num_bytes = 4 * request.grads.numel()
+    if request.ids is None:
+        return times * (num_bytes + (0 if remembered is None else remembered.num_bytes))
+    weights = 0 if request.weights is None else 4 * request.weights.numel()
+    return times * (num_bytes + table.id_dtype.itemsize * request.ids.numel() + weights)
+
+
 def check_score(table: Storage, request: ScoreRequest, *, reply_bytes: int | None) -> Tensor:
     """Queries [B, H, D] float32 on the shard's device.
 

@@ -6,10 +6,16 @@ Legend: B bags, L pairs of all bags together.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Act = Literal["", "gelu", "relu", "silu"]
+"""What experts do to their product; "": the rows are no experts, but values. gelu: the exact one, of erf."""
+
+ACTS: tuple[Act, ...] = ("gelu", "relu", "silu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

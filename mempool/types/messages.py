@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from mempool.types.bags import Bags
+    from mempool.types.bags import Act, Bags
 
     Array = npt.NDArray[np.generic]
 
@@ -94,6 +94,9 @@ class GatherRequest:
         remember: Keep ids and weights for an Update to come.
         release: Lookup ids whose autograd graphs are gone: the shard forgets them.
         pin: Whose moment of the table is read, settled before; "": the newest version.
+        act: Rows are experts [u, v]: of each pair act(<u, input>) * v is weighted and summed, not the row.
+        inputs: [B, I] float32 or bfloat16: of each bag what u is multiplied with, the first I columns of a row. None
+            without act.
         private: Nobody writes to its tensors: a shard of the same process may keep them as they are. On no wire.
         bags: Whose ids, weights and offsets these are, where they are private: what is made of them for one shard is
             there for the next that is asked for the same. On no wire.
@@ -108,6 +111,8 @@ class GatherRequest:
     release: tuple[int, ...] = ()
     reply_dtype: ReplyDtype = "float32"
     pin: str = ""
+    act: Act = ""
+    inputs: Tensor | None = None
     private: bool = False
     bags: Bags | None = None
 
@@ -115,7 +120,7 @@ class GatherRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatherReply:
     """``values`` [B, W] (float32; bfloat16 or packed rows when asked), the columns of ``blocks`` side by side,
-    ascending."""
+    ascending; of experts [B, W - I], float32 or bfloat16."""
 
     stamp: Stamp
     blocks: tuple[int, ...]
@@ -167,6 +172,8 @@ class UpdateRequest:
         want_weight_grad: Answer d_weights.
         ids, weights, offsets: As in the lookup; ids and offsets None where the shard should remember them itself,
             in which case a shard that does not answers ``ContextMissing`` and changes nothing.
+        act, input_dim: As of the gather of experts, and I: ``grads`` has a bag's input, and beside it d loss / d sums.
+            What u and v get is made of the rows as they are when the update comes.
         private, bags: As of a gather.
     """
 
@@ -182,13 +189,18 @@ class UpdateRequest:
     ids: Tensor | None = None
     weights: Tensor | None = None
     offsets: Tensor | None = None
+    act: Act = ""
+    input_dim: int = 0
     private: bool = False
     bags: Bags | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReply:
-    """``weight_grad`` [L] float32: <grads[bag], V[id]> over the columns this shard owns; None if not asked for."""
+    """``weight_grad`` [L] float32: <grads[bag], V[id]> over the columns this shard owns; None if not asked for.
+
+    Of experts [L + B * I]: behind the gradient of the weights that of the inputs, bag by bag.
+    """
 
     stamp: Stamp
     weight_grad: Tensor | None

@@ -24,7 +24,7 @@ from mempool.client.training.link import TableLink
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
-from mempool.types.bags import Bags
+from mempool.types.bags import Act, Bags
 from mempool.wire.channels import loop
 
 
@@ -217,6 +217,9 @@ class _LinkAt(TableLink):
         want_weight_grad: bool,
     ) -> NoReturn:
         self._refuse()
+
+    def send_experts(self, bags: Bags, inputs: Tensor, *, act: Act, remember: bool) -> NoReturn:
+        raise InvalidRequest(_refusal(self.name, self._version, "asked as experts, which answer at the newest version"))
 
     def _refuse(self) -> NoReturn:
         raise InvalidRequest(_refusal(self.name, self._version, "trained, nor its weights"))

@@ -4,13 +4,14 @@ Knows the messages of the ``Shard`` protocol. Retries, views and deadlines are t
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from mempool.agreement.writes import OpenWrite, Writer
+from mempool.client.experts.asked import Experts, merge_bags, merge_expert_grads
 from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import (
     Part,
@@ -84,6 +85,7 @@ class LookupRecord:
         remembered_by: (shard, incarnation) of those that were asked to remember it, under the placement of ``seen``.
         stamps: Of its answers.
         sorted: Its pairs by shard, for one update.
+        experts: What was asked of its rows as experts; None: they were summed.
     """
 
     table_id: int
@@ -94,6 +96,7 @@ class LookupRecord:
     remembered_by: frozenset[tuple[int, int]]
     stamps: tuple[Stamp, ...] = ()
     sorted: SortedPairs = field(default_factory=SortedPairs)
+    experts: Experts | None = None
 
 
 class Attempt:
@@ -117,9 +120,15 @@ class Attempt:
         return self._fanout
 
     async def gather(
-        self, bags: Bags, *, lookup_id: int, remember: bool, reply_dtype: ReplyDtype
+        self,
+        bags: Bags,
+        *,
+        lookup_id: int,
+        remember: bool,
+        reply_dtype: ReplyDtype,
+        experts: Experts | None = None,
     ) -> tuple[Tensor, LookupRecord]:
-        """Pooled values [B, V] float32, and what to keep for the update."""
+        """Pooled values [B, V] float32, or sums of experts [B, V - I], and what to keep for the update."""
         every = split(self.plan, bags)
         parts = those_named(every)
         lookups = messages_of(parts)
@@ -141,21 +150,24 @@ class Attempt:
                 reply_dtype=reply_dtype,
                 pin=self._pin,
             )
+            if experts is not None:
+                request = replace(request, act=experts.act, inputs=experts.inputs_of(part, number, lookups))
             reply = await host.gather(request)
             self._fanout.saw(reply.stamp.table_version)
             require_blocks(reply.blocks, route)
-            self._traffic.add(sent=some.num_bytes, received=reply.values.nbytes)
+            sent = some.num_bytes + (0 if request.inputs is None else request.inputs.nbytes)
+            self._traffic.add(sent=sent, received=reply.values.nbytes)
             return reply
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> list[GatherReply]:
             return await some_at_a_time([partial(ask_some, part, host, envelope, n) for n in range(lookups)])
 
         answers = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
-        values = merge_values(
-            self.plan,
-            [(part, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
-            num_bags=bags.num_bags,
-        )
+        found = [(part, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)]
+        if experts is None:
+            values = merge_values(self.plan, found, num_bags=bags.num_bags)
+        else:
+            values = merge_bags(found, num_bags=bags.num_bags, width=self.plan.schema.value_dim - experts.input_dim)
         stamps = [reply.stamp for some in answers for reply in some]
         record = lookup_record(
             self.plan,
@@ -166,7 +178,7 @@ class Attempt:
             remembered_by=parts if remember else (),
             parts=every if remember else (),
         )
-        return values, record
+        return values, record if experts is None else replace(record, experts=experts)
 
     async def update(
         self,
@@ -180,7 +192,7 @@ class Attempt:
         only: Collection[int] | None = None,
     ) -> Tensor | None:
         """Push the gradient of a lookup: [B, V] float32 or bfloat16, or packed rows, in; d_weights [L] float32 out if
-        wanted.
+        wanted; of experts d_inputs behind, [L + B * I].
 
         only: The shards to send to; None means all.
         """
@@ -226,6 +238,8 @@ class Attempt:
                 raise Internal(f"shard {part.route.shard} was asked for d_weights and answered none.")
             self._traffic.add(received=reply.weight_grad.nbytes)
             grads_of_parts.append((part, reply.weight_grad))
+        if record.experts is not None:
+            return merge_expert_grads(grads_of_parts, record.bags, input_dim=record.experts.input_dim)
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
     async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor, Seen]:
@@ -455,6 +469,8 @@ def update_request(
         offsets=None if bags is None else bags.offsets,
         private=True,
         bags=bags,
+        act="" if record.experts is None else record.experts.act,
+        input_dim=0 if record.experts is None else record.experts.input_dim,
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mempool.agreement.writes import MAX_OPEN, Writer
+from mempool.client.experts.asked import Experts
 from mempool.client.keys.layout import KeyLayout
 from mempool.client.keys.scoring import KeyTables
 from mempool.client.lookup import Lookup
@@ -159,6 +160,7 @@ class Router:
         bags: Bags,
         remember: bool = False,
         reply_dtype: ReplyDtype = "float32",
+        experts: Experts | None = None,
         timeout_s: float | None = None,
     ) -> tuple[Tensor, LookupRecord]:
         """Weighted sums of rows: values [B, V] float32, and what an update needs to know of this lookup.
@@ -166,6 +168,7 @@ class Router:
         Args:
             remember: Let the shards keep ids and weights for an update to come.
             reply_dtype: Of replies whose columns are not partial sums; those are always float32.
+            experts: Rows are experts, of which this is asked: values [B, V - I].
 
         Raises:
             ShardUnavailable: A shard did not answer within the deadline.
@@ -175,7 +178,9 @@ class Router:
         lookup_id = self.next_lookup_id(bags)
         values, record = await self.call(
             table_id,
-            lambda attempt: attempt.gather(bags, lookup_id=lookup_id, remember=remember, reply_dtype=reply_dtype),
+            lambda attempt: attempt.gather(
+                bags, lookup_id=lookup_id, remember=remember, reply_dtype=reply_dtype, experts=experts
+            ),
             timeout_s=timeout_s,
         )
         self.remembered.add(record)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mempool import kernels
 from mempool.client.bags import own_copy
 from mempool.client.counts import as_count
+from mempool.client.experts.asked import Experts
 from mempool.client.gathers.hot_rows import HotRows
 from mempool.client.gathers.lease import Remembering
 from mempool.client.gathers.links import LINKS
@@ -30,7 +31,8 @@ from mempool.client.training.cautions import Cautions
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
-from mempool.types.bags import Bags
+from mempool.types.bags import Act, Bags
+from mempool.types.messages import ReplyDtype
 
 WireDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
@@ -218,6 +220,34 @@ class TableLink:
             answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=False))
         self._after_update(hold=hold)
         return answer
+
+    def send_experts(self, bags: Bags, inputs: Tensor, *, act: Act, remember: bool) -> tuple[Tensor, LookupRecord]:
+        """Sums of experts [B, V - I] float32 on the CPU; inputs: [B, I] as ``wire_weights`` answers them."""
+        reply_dtype: ReplyDtype = "float32" if self._wire_dtype == "float32" else "bfloat16"
+        answer = self.run(
+            self.session.gather(bags, remember=remember, reply_dtype=reply_dtype, experts=Experts(act, inputs))
+        )
+        self._looked(answer[1])
+        return answer
+
+    def send_expert_update(
+        self, record: LookupRecord, grads: Tensor, *, hold: bool, want_grads: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """grads [B, V - I] on any device -> d_weights [L] and d_inputs [B, I], float32 on the CPU, where wanted."""
+        experts = record.experts
+        assert experts is not None, "the lookup was of experts"
+        if not (hold or want_grads):
+            return None
+        both = torch.cat(
+            [experts.inputs.to(torch.float32), grads.detach().to(device="cpu", dtype=torch.float32)], dim=1
+        )
+        own = self._before_update(both, hold=hold)
+        answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=want_grads))
+        self._after_update(hold=hold)
+        if answer is None:
+            return None
+        num_pairs = record.bags.num_pairs
+        return answer[:num_pairs], answer[num_pairs:].view(-1, experts.input_dim)
 
     def _before_update(self, grads: Tensor, *, hold: bool) -> Tensor:
         if hold:

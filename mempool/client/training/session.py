@@ -16,6 +16,7 @@ from mempool.agreement.book import OF_OTHER_RANKS, Book, Step
 from mempool.client.direct.asking import Asking
 from mempool.client.direct.gathers import gather_directly
 from mempool.client.direct.updates import update_directly
+from mempool.client.experts.asked import Experts
 from mempool.client.opening.waiting import Begin, Pending, Run
 from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.plan import TablePlan
@@ -36,7 +37,7 @@ than taking turns at the interpreter with whoever does not wait."""
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pushed:
-    """An update that was pushed: its lookup and its gradient [B, V].
+    """An update that was pushed: its lookup and its gradient [B, V]; of experts a bag's input and its gradient.
 
     Attributes:
         held: The step and the plan under which every shard has said that it holds it; None where none was.
@@ -49,7 +50,9 @@ class Pushed:
     @property
     def num_bytes(self) -> int:
         """What keeping it costs, in tensors."""
-        return self.grads.nbytes + self.record.bags.num_bytes
+        experts = self.record.experts
+        inputs_bytes = 0 if experts is None else experts.inputs.nbytes
+        return self.grads.nbytes + self.record.bags.num_bytes + inputs_bytes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,13 +175,19 @@ class Session:
         *,
         remember: bool,
         reply_dtype: ReplyDtype = "float32",
+        experts: Experts | None = None,
         timeout_s: float | None = None,
     ) -> tuple[Tensor, LookupRecord]:
         """As the router's."""
         with self._counting:
             self.counters.lookups += 1
         answer = await self._router.gather(
-            self.table_id, bags=bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s
+            self.table_id,
+            bags=bags,
+            remember=remember,
+            reply_dtype=reply_dtype,
+            experts=experts,
+            timeout_s=timeout_s,
         )
         if remember:
             self.coordinator.heartbeats.wake()

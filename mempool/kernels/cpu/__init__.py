@@ -3,6 +3,7 @@
 from mempool.kernels.cpu.admission import admit_bags
 from mempool.kernels.cpu.bags import sum_arrays, weight_gradient, weighted_sum
 from mempool.kernels.cpu.dealing import deal_pairs
+from mempool.kernels.cpu.experts.passes import expert_gradients, expert_sums
 from mempool.kernels.cpu.initial import initial_values
 from mempool.kernels.cpu.rows import gather_rows, scatter_rows
 from mempool.kernels.cpu.runtime import choose_threading_layer
@@ -25,6 +26,8 @@ __all__ = [
     "catch_up",
     "choose_threading_layer",
     "deal_pairs",
+    "expert_gradients",
+    "expert_sums",
     "flat_topk",
     "fused_step",
     "gather_rows",

@@ -36,7 +36,7 @@ from mempool.kernels.cpu.runtime import (
 from mempool.kernels.cpu.vectors import LANES, add_product, dot_tile, sum_tile
 
 # Pairs that are listed at once: so many that the rest of the work is nothing beside, and the list stays in the cache.
-_PIECE = 512
+PIECE = 512
 # Rows that are prefetched ahead of the one that is read: some 32 lines, as a core waits for no more at a time.
 _AHEAD, _AHEAD_OF_WIDE = 16, 8
 # Columns of a tile: as many as registers hold, then less for what is left.
@@ -44,15 +44,15 @@ _WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST = (256 if has_wide_registers() else 64), 
 _sum_wide, _sum_middle, _sum_narrow, _sum_slim, _sum_least = map(sum_tile, (_WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST))
 _dot_wide, _dot_middle, _dot_narrow, _dot_slim, _dot_least = map(dot_tile, (_WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST))
 # Tasks per thread: threads that the system stops, or that have the longer bags, take fewer.
-_TASKS_PER_THREAD = 4
+TASKS_PER_THREAD = 4
 # Bags are handed out whole, unless one of them would leave the other threads idle: then columns are.
 _LOPSIDED = 1.25
 # Reading an element takes a fraction of the time that a thread's share of the work is measured by: a step on it.
-_READS_PER_STEP = 4
+READS_PER_STEP = 4
 # Columns of a block that is not full: more than any row has, and tiles divide it.
 _ONE_BLOCK = 1 << 40
 # Numba compiles a function once more for an argument that is a number of the source.
-_ZERO: Any = np.int64(0)
+ZERO: Any = np.int64(0)
 
 
 class Arena(NamedTuple):
@@ -78,22 +78,22 @@ def arena_of(paged: Paged) -> Arena:
     return arena
 
 
-class _Listed(NamedTuple):
+class Listed(NamedTuple):
     """The pairs of a piece that are here, and the rows that are read after them."""
 
-    rows: Array  # [_PIECE + _AHEAD] int64
-    weights: Array  # [_PIECE] float32
-    places: Array  # [_PIECE + 1] int64: how many pairs of the piece that are here come before each
+    rows: Array  # [PIECE + _AHEAD] int64
+    weights: Array  # [PIECE] float32
+    places: Array  # [PIECE + 1] int64: how many pairs of the piece that are here come before each
 
 
 @serial
-def _list() -> Any:
-    rows, places = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE + 1, dtype=np.int64)
-    return _Listed(rows, np.ones(_PIECE, dtype=np.float32), places)
+def new_list() -> Any:
+    rows, places = np.empty(PIECE + _AHEAD, dtype=np.int64), np.empty(PIECE + 1, dtype=np.int64)
+    return Listed(rows, np.ones(PIECE, dtype=np.float32), places)
 
 
 @inlined
-def _list_pairs(arena: Arena, ids: Array, weights: Array, first: int, end: int, last: int, into: _Listed) -> bool:
+def list_pairs(arena: Arena, ids: Array, weights: Array, first: int, end: int, last: int, into: Listed) -> bool:
     """List the pairs ``first`` to ``end`` that are here, and the rows of those up to ``last`` that are read next.
 
     Returns whether all of them are: their places and weights are not written then, as they are those of the pairs.
@@ -127,7 +127,7 @@ def _list_pairs(arena: Arena, ids: Array, weights: Array, first: int, end: int, 
 
 
 @inlined
-def _end_in(listed: _Listed, all_here: bool, pair: int) -> int:
+def end_in(listed: Listed, all_here: bool, pair: int) -> int:
     """How many pairs that are here a piece has before its ``pair``-th."""
     return pair if all_here else listed.places[np.uintp(pair)]
 
@@ -136,13 +136,14 @@ def _end_in(listed: _Listed, all_here: bool, pair: int) -> int:
 def _tile_columns(arena: Arena, column: int, end: int) -> int:
     """Columns of the next tile; 0 where columns are left that fill none, or blocks that tiles would straddle."""
     packed = arena.rows.itemsize == 1
-    if end - column < _LEAST or (packed and arena.block_dim % _LEAST != 0):
+    aligned = arena.block_dim | column  # tiles are powers of two
+    if end - column < _LEAST or (packed and aligned % _LEAST != 0):
         return 0
-    if end - column < _SLIM or (packed and arena.block_dim % _SLIM != 0):
+    if end - column < _SLIM or (packed and aligned % _SLIM != 0):
         return _LEAST
-    if end - column < _NARROW or (packed and arena.block_dim % _NARROW != 0):
+    if end - column < _NARROW or (packed and aligned % _NARROW != 0):
         return _SLIM
-    if end - column < _MIDDLE or (packed and arena.block_dim % _MIDDLE != 0):
+    if end - column < _MIDDLE or (packed and aligned % _MIDDLE != 0):
         return _NARROW
     return _WIDE if end - column >= _WIDE else _MIDDLE
 
@@ -167,7 +168,7 @@ def _sum_rest(
 
 
 @inlined
-def _sum_listed(
+def sum_listed(
     arena: Arena,
     listed: Array,
     first: int,
@@ -177,17 +178,18 @@ def _sum_listed(
     weights: Array,
     fresh: bool,
     acc: Array,
+    after: int,
 ) -> None:
-    # Per column: acc = fma(w, v, acc), pair after pair.
+    # Per column: acc = fma(w, v, acc), pair after pair. Then the rows that follow in the list are read, from ``after``.
     rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
     column, columns = first_column, _tile_columns(arena, first_column, end_column)
     while columns > 0:
         following = column + columns
         next_columns = _tile_columns(arena, following, end_column)
-        then, back = (following, count) if next_columns > 0 else (first_column, _ZERO)
+        then, back = (following, count) if next_columns > 0 else (after, ZERO)
         ahead = _AHEAD_OF_WIDE if columns >= _MIDDLE else _AHEAD
         source = rows, scales_start, block_dim, listed, first, count, ahead, column, then, back
-        if columns == _WIDE and columns == end_column - first_column:
+        if columns == _WIDE and columns == end_column - first_column and after == first_column:
             # The usual width: what is read next follows in the list, which the compiler is told.
             _sum_wide(
                 rows, scales_start, block_dim, listed, first, count, ahead, column, column, 0, weights, fresh, acc
@@ -221,19 +223,21 @@ def _sum_bags(
     end_column: int,
     out: Array,
 ) -> None:
-    own = _list()
+    own = new_list()
     listed = borrowed(own)
     first_pair, last_pair = offsets[bag], offsets[end_bag]
     while bag < end_bag:
-        end_pair = min(last_pair, first_pair + _PIECE)
-        all_here = _list_pairs(arena, ids, weights, first_pair, end_pair, last_pair, listed)
+        end_pair = min(last_pair, first_pair + PIECE)
+        all_here = list_pairs(arena, ids, weights, first_pair, end_pair, last_pair, listed)
         own_weights = all_here and weights.shape[0] > 0
         given = weights[first_pair:end_pair] if own_weights else listed.weights
-        first = _ZERO
+        first = ZERO
         while bag < end_bag:
-            end = _end_in(listed, all_here, min(offsets[bag + 1], end_pair) - first_pair)
+            end = end_in(listed, all_here, min(offsets[bag + 1], end_pair) - first_pair)
             fresh = offsets[bag] >= first_pair
-            _sum_listed(arena, listed.rows, first, end - first, first_column, end_column, given, fresh, out[bag])
+            sum_listed(
+                arena, listed.rows, first, end - first, first_column, end_column, given, fresh, out[bag], first_column
+            )
             first = end
             if offsets[bag + 1] > end_pair:  # goes on in the next piece
                 break
@@ -243,7 +247,7 @@ def _sum_bags(
 
 
 @serial
-def _first_bag_of_part(offsets: Array, part: int, num_parts: int) -> Any:
+def first_bag_of_part(offsets: Array, part: int, num_parts: int) -> Any:
     # The first bag with at least part / num_parts of all pairs before it, where a bag counts as a pair as well.
     num_bags = offsets.shape[0] - 1
     if part >= num_parts:
@@ -264,8 +268,8 @@ def _is_lopsided(offsets: Array, num_threads: int) -> bool:
     num_bags = offsets.shape[0] - 1
     largest = 0
     for part in range(num_threads):
-        first = _first_bag_of_part(offsets, part, num_threads)
-        end = _first_bag_of_part(offsets, part + 1, num_threads)
+        first = first_bag_of_part(offsets, part, num_threads)
+        end = first_bag_of_part(offsets, part + 1, num_threads)
         largest = max(largest, offsets[end] + end - offsets[first] - first)
     return bool(largest * num_threads > _LOPSIDED * (offsets[num_bags] + num_bags))
 
@@ -283,14 +287,14 @@ def _sum_task(
 ) -> None:
     num_bags, width = out.shape
     num_groups = width // _MIDDLE
-    first_bag, end_bag, first_column, end_column = _ZERO, num_bags, _ZERO, width
+    first_bag, end_bag, first_column, end_column = ZERO, num_bags, ZERO, width
     if by_columns:
         first_column = num_groups * task // num_tasks * _MIDDLE
         if task + 1 < num_tasks:
             end_column = num_groups * (task + 1) // num_tasks * _MIDDLE
     else:
-        first_bag = _first_bag_of_part(offsets, task, num_tasks)
-        end_bag = _first_bag_of_part(offsets, task + 1, num_tasks)
+        first_bag = first_bag_of_part(offsets, task, num_tasks)
+        end_bag = first_bag_of_part(offsets, task + 1, num_tasks)
     _sum_bags(arena, ids, weights, offsets, first_bag, end_bag, first_column, end_column, out)
 
 
@@ -322,8 +326,8 @@ def weighted_sum(
         sums = out
     else:
         sums = torch.empty(offsets.shape[0] - 1, width, dtype=torch.float32, device="cpu")
-    num_threads = use_threads(num_ids * width // _READS_PER_STEP)
-    num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
+    num_threads = use_threads(num_ids * width // READS_PER_STEP)
+    num_tasks = several_tasks(num_threads, TASKS_PER_THREAD)
     given = view(ids), optional_weights(weights), view(offsets)
     if not _weighted_sum(arena_of(paged), *given, num_threads, num_tasks, view(sums)):
         check_offsets(offsets, num_ids)
@@ -351,19 +355,27 @@ def sum_arrays(
         admitted = admit(ids, num_slots, own_ids, own_offsets, NO_OFFSETS)
     if not admitted:
         return None
-    num_threads = use_threads(ids.shape[0] * paged.width // _READS_PER_STEP)
-    num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
+    num_threads = use_threads(ids.shape[0] * paged.width // READS_PER_STEP)
+    num_tasks = several_tasks(num_threads, TASKS_PER_THREAD)
     given = own_ids, EMPTY_WEIGHTS if weights is None else weights, own_offsets
     return (own_ids, own_offsets) if _weighted_sum(arena_of(paged), *given, num_threads, num_tasks, out) else None
 
 
 @serial
 def _dot_rest(
-    arena: Arena, listed: Array, first: int, end: int, column: int, fresh: bool, grad: Array, results: Array
+    arena: Arena,
+    listed: Array,
+    first: int,
+    end: int,
+    column: int,
+    end_column: int,
+    fresh: bool,
+    grad: Array,
+    results: Array,
 ) -> None:
     for place in range(first, end):
         total = np.float32(0) if fresh else results[place]
-        for position in range(column, grad.shape[0]):
+        for position in range(column, end_column):
             value = load(arena.rows[listed[place], position])
             if arena.rows.itemsize == 1:
                 value *= arena.scales[listed[place], arena.first_scale + position // arena.block_dim]
@@ -372,32 +384,44 @@ def _dot_rest(
 
 
 @inlined
-def _dot_listed(arena: Arena, listed: Array, first: int, count: int, grad: Array, results: Array) -> None:
+def dot_listed(
+    arena: Arena,
+    listed: Array,
+    first: int,
+    count: int,
+    first_column: int,
+    end_column: int,
+    grad: Array,
+    results: Array,
+    after: int,
+    back_after: int,
+) -> None:
+    # Of columns of rows and of grad. Then is read from ``after``: the rows that follow, or those so many places back.
     rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
-    width = grad.shape[0]
-    column, columns = _ZERO, _tile_columns(arena, _ZERO, width)
+    column, columns = first_column, _tile_columns(arena, first_column, end_column)
     while columns > 0:
         following = column + columns
-        next_columns = _tile_columns(arena, following, width)
-        then, back = (following, count) if next_columns > 0 else (_ZERO, _ZERO)
+        next_columns = _tile_columns(arena, following, end_column)
+        then, back = (following, count) if next_columns > 0 else (after, back_after)
         ahead = _AHEAD_OF_WIDE if columns >= _MIDDLE else _AHEAD
         source = rows, scales_start, block_dim, listed, first, count, ahead, column, then, back
-        if columns == _WIDE and columns == width:
+        if columns == _WIDE and columns == end_column - first_column and back_after == 0 and after == first_column:
             alone = rows, scales_start, block_dim, listed, first, count, ahead, column, column, 0
             _dot_wide(*alone, True, grad, results)
         elif columns == _WIDE:
-            _dot_wide(*source, column == 0, grad, results)
+            _dot_wide(*source, column == first_column, grad, results)
         elif columns == _MIDDLE:
-            _dot_middle(*source, column == 0, grad, results)
+            _dot_middle(*source, column == first_column, grad, results)
         elif columns == _NARROW:
-            _dot_narrow(*source, column == 0, grad, results)
+            _dot_narrow(*source, column == first_column, grad, results)
         elif columns == _SLIM:
-            _dot_slim(*source, column == 0, grad, results)
+            _dot_slim(*source, column == first_column, grad, results)
         else:
-            _dot_least(*source, column == 0, grad, results)
+            _dot_least(*source, column == first_column, grad, results)
         column, columns = following, next_columns
-    if column < width:
-        _dot_rest(arena, listed, first, first + count, column, column == 0, grad, results)
+    if column < end_column:
+        fresh = column == first_column
+        _dot_rest(arena, listed, first, first + count, column, end_column, fresh, grad, results)
 
 
 @serial
@@ -405,23 +429,23 @@ def _multiply_task(
     task: int, arena: Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array
 ) -> None:
     first_pair, last_pair = ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks
-    own, own_results = _list(), np.empty(_PIECE, dtype=np.float32)
+    own, own_results = new_list(), np.empty(PIECE, dtype=np.float32)
     listed, results = borrowed(own), borrowed(own_results)
-    no_weights = results[:0]  # an array of the source is read-only, for which _list_pairs would be compiled once more
-    bag = np.searchsorted(offsets, first_pair, side="right") - 1
+    no_weights = results[:0]  # an array of the source is read-only, for which list_pairs would be compiled once more
+    bag, width = np.searchsorted(offsets, first_pair, side="right") - 1, grads.shape[1]
     while first_pair < last_pair:
-        end_pair = min(last_pair, first_pair + _PIECE)
-        all_here = _list_pairs(arena, ids, no_weights, first_pair, end_pair, last_pair, listed)
-        first, count = _ZERO, _end_in(listed, all_here, end_pair - first_pair)
+        end_pair = min(last_pair, first_pair + PIECE)
+        all_here = list_pairs(arena, ids, no_weights, first_pair, end_pair, last_pair, listed)
+        first, count = ZERO, end_in(listed, all_here, end_pair - first_pair)
         while first < count:
-            end = _end_in(listed, all_here, min(offsets[bag + 1], end_pair) - first_pair)
+            end = end_in(listed, all_here, min(offsets[bag + 1], end_pair) - first_pair)
             if end > first:
-                _dot_listed(arena, listed.rows, first, end - first, grads[bag], results)
+                dot_listed(arena, listed.rows, first, end - first, ZERO, width, grads[bag], results, ZERO, ZERO)
             first = end
             bag += first < count
         for pair in range(end_pair - first_pair):
-            place = _end_in(listed, all_here, pair)
-            is_here = _end_in(listed, all_here, pair + 1) > place
+            place = end_in(listed, all_here, pair)
+            is_here = end_in(listed, all_here, pair + 1) > place
             out[first_pair + pair] = results[place] if is_here else np.float32(0)
         while bag + 1 < offsets.shape[0] - 1 and offsets[bag + 1] <= end_pair:
             bag += 1
@@ -441,7 +465,7 @@ def _weight_gradient(arena: Arena, ids: Array, offsets: Array, grads: Array, num
 def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor, out: Tensor | None = None) -> Tensor:
     """See mempool.kernels.weight_gradient."""
     out = torch.empty(ids.numel(), dtype=torch.float32, device="cpu") if out is None else out
-    num_tasks = several_tasks(use_threads(ids.numel() * paged.width // _READS_PER_STEP), _TASKS_PER_THREAD)
+    num_tasks = several_tasks(use_threads(ids.numel() * paged.width // READS_PER_STEP), TASKS_PER_THREAD)
     if not _weight_gradient(arena_of(paged), view(ids), view(offsets), view(grads), num_tasks, view(out)):
         check_offsets(offsets, ids.numel())
     return out

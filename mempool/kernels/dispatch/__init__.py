@@ -10,6 +10,7 @@ from mempool.kernels.dispatch.bags import (
     weighted_sum,
 )
 from mempool.kernels.dispatch.dealing import deal_pairs
+from mempool.kernels.dispatch.experts import EXPERT_ACTS, ExpertGradients, expert_gradients, expert_sums
 from mempool.kernels.dispatch.topk import (
     flat_topk,
     product_gradient,
@@ -30,11 +31,15 @@ from mempool.kernels.dispatch.updates import (
 )
 
 __all__ = [
+    "EXPERT_ACTS",
+    "ExpertGradients",
     "add_segments",
     "admit_bags",
     "array_sums",
     "catch_up",
     "deal_pairs",
+    "expert_gradients",
+    "expert_sums",
     "flat_topk",
     "fused_step",
     "gather_rows",

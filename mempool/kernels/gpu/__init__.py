@@ -5,6 +5,7 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly.
 
 from mempool.kernels.gpu.bags import gather_rows, scatter_rows, weight_gradient, weighted_sum
 from mempool.kernels.gpu.dense import catch_up
+from mempool.kernels.gpu.experts import expert_gradients, expert_sums
 from mempool.kernels.gpu.segments import add_segments, segment_sum
 from mempool.kernels.gpu.selection import product_select, select_topk
 from mempool.kernels.gpu.sorting import sort_pairs
@@ -17,6 +18,8 @@ __all__ = [
     "admit_bags",
     "catch_up",
     "deal_pairs",
+    "expert_gradients",
+    "expert_sums",
     "flat_topk",
     "fused_step",
     "gather_rows",

@@ -13,6 +13,7 @@ from mempool.kernels.reference.elements import (
     to_bfloat16,
     write_values,
 )
+from mempool.kernels.reference.experts import expert_gradients, expert_sums
 from mempool.kernels.reference.initial import initial_values
 from mempool.kernels.reference.topk import flat_topk, product_gradient, product_select, product_topk, select_topk
 from mempool.kernels.reference.updates import (
@@ -29,6 +30,8 @@ __all__ = [
     "catch_up",
     "decode",
     "encode",
+    "expert_gradients",
+    "expert_sums",
     "flat_topk",
     "gather_rows",
     "initial_values",

@@ -7,6 +7,7 @@ so ties are exact.
 from mempool.kernels.torch_ops.admission import admit_bags
 from mempool.kernels.torch_ops.bags import gather_rows, scatter_rows, sort_pairs, weight_gradient, weighted_sum
 from mempool.kernels.torch_ops.dealing import deal_pairs
+from mempool.kernels.torch_ops.experts import expert_gradients, expert_sums
 from mempool.kernels.torch_ops.initial import initial_values
 from mempool.kernels.torch_ops.topk import (
     flat_topk,
@@ -32,6 +33,8 @@ __all__ = [
     "admit_bags",
     "catch_up",
     "deal_pairs",
+    "expert_gradients",
+    "expert_sums",
     "flat_topk",
     "fused_step",
     "gather_rows",

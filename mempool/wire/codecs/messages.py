@@ -25,7 +25,12 @@ _REPLY: dict[str, Converter] = {"stamp": STAMP}
 
 GATHER_REQUEST = FrameCodec(
     Mirror(pb.GatherRequest, types.GatherRequest, {**_REQUEST, "reply_dtype": SUMS_DTYPE}),
-    {"ids": SLOT_IDS, "weights": _WEIGHTS, "offsets": INT64},
+    {
+        "ids": SLOT_IDS,
+        "weights": _WEIGHTS,
+        "offsets": INT64,
+        "inputs": TensorField(dtypes=_FLOATS, dims=(2,), optional=True),
+    },
 )
 GATHER_REPLY = FrameCodec(Mirror(pb.GatherReply, types.GatherReply, _REPLY), {"values": _BAGS})
 UPDATE_REQUEST = FrameCodec(

@@ -8,7 +8,7 @@ from mempool.errors import InvalidRequest
 REQUEST, REPLY, FAILURE, COPIED = range(1, 5)
 """Kinds. FAILURE: the body is an ErrorDetail. COPIED: the body of that reply is not needed in shared memory any more;
 that of a request is not as soon as it is answered."""
-VERSION = 4
+VERSION = 5
 """Of messages, and of what ``plain`` makes of gathers and updates: both ends of a line are of the same."""
 MOST_INLINE_BYTES = 2**20
 """Of a request that comes with its message, of a line that has memory for bodies: the server has to hold it."""

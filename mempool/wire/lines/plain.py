@@ -15,6 +15,7 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+from mempool.types.bags import ACTS, Act
 from mempool.types.messages import ArrayGather, ArrayGathered, ReplyDtype
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Parts: TypeAlias = list[bytes | memoryview]
 _NAMES = ("bfloat16", "int64", "uint32", "float32", "float16", "float64", "int32", "uint8")
 _SUMS: tuple[ReplyDtype, ...] = ("float32", "bfloat16", "float8_e4m3fn")
 _NUMBER_OF = {name: number for number, name in enumerate(_SUMS)}
+_ACTS: tuple[Act, ...] = ("", *ACTS)
 _ABSENT = 255
 _ALIGNMENT = 8
 _PADDING = tuple(bytes(-off % _ALIGNMENT) for off in range(_ALIGNMENT))
@@ -199,7 +201,10 @@ _GATHERED = struct.Struct("<" + _STAMP)
 _GATHER_HEAD = struct.Struct("<II" + _ENVELOPE + "q?B" + 3 * _SHAPE)
 _GATHERED_HEAD = struct.Struct("<II" + _STAMP + _SHAPE)
 _INT64, _UINT32, _FLOAT32 = (_NAMES.index(name) for name in ("int64", "uint32", "float32"))
-_UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??")
+# Of a gather: the last byte of what is fixed says of what dtype sums are asked for, and above that what experts do.
+_ACT_SHIFT = 4
+_ACT_AT = _COUNTS.size + _GATHER.size - 1
+_UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??BI")
 _UPDATED = struct.Struct("<" + _STAMP)
 
 
@@ -247,19 +252,21 @@ class GatherRequests(_Plain):
     def _written(self, value: GatherRequest, narrow_ids: bool) -> Parts:
         if value.bags is None and (parts := _usual_gather(value)) is not None:
             return parts
+        number = _number_of(value.reply_dtype, self.name) | _act_number(value.act, self.name) << _ACT_SHIFT
         return _packed(
-            _GATHER.pack(
-                *_envelope(value.envelope), value.lookup_id, value.remember, _number_of(value.reply_dtype, self.name)
-            ),
+            _GATHER.pack(*_envelope(value.envelope), value.lookup_id, value.remember, number),
             value.release,
             value.pin,
             _bags_of(value, narrow_ids),
+            _Tensors((value.inputs,)) if value.act else None,
         )
 
     def decode(self, body: Body) -> GatherRequest:
-        read = _Reader(body, _GATHER, 3, self.name)
-        ids, weights, offsets = read.tensors
-        *envelope, lookup_id, remember, sums = read.fixed
+        of_experts = len(body) > _ACT_AT and body[_ACT_AT] >> _ACT_SHIFT > 0
+        read = _Reader(body, _GATHER, 4 if of_experts else 3, self.name)
+        ids, weights, offsets, *inputs = read.tensors
+        *envelope, lookup_id, remember, number = read.fixed
+        sums = number & ((1 << _ACT_SHIFT) - 1)
         if sums >= len(_SUMS):
             raise InvalidRequest(f"{self.name} is malformed: it asks for sums of dtype {sums}")
         return GatherRequest(
@@ -272,6 +279,8 @@ class GatherRequests(_Plain):
             release=read.numbers,
             reply_dtype=_SUMS[sums],
             pin=read.text,
+            act=_act_of(number >> _ACT_SHIFT, self.name),
+            inputs=inputs[0] if inputs else None,
         )
 
 
@@ -279,7 +288,7 @@ def _usual_gather(value: GatherRequest) -> Parts | None:
     """The parts of a request that ``read_gather`` reads, in one go; None of others."""
     _, (_, int64, uint32, float32, *_) = _torch()
     ids, weights, offsets = value.ids, value.weights, value.offsets
-    if ids.dtype != uint32 or offsets.dtype != int64 or len(ids.shape) != 1 or len(offsets.shape) != 1:
+    if value.act or ids.dtype != uint32 or offsets.dtype != int64 or len(ids.shape) != 1 or len(offsets.shape) != 1:
         return None
     if weights is not None and (weights.dtype != float32 or weights.shape != ids.shape):
         return None
@@ -409,6 +418,8 @@ class UpdateRequests(_Plain):
                 value.lookups,
                 value.hold,
                 value.want_weight_grad,
+                _act_number(value.act, self.name),
+                value.input_dim,
             ),
             value.blocks,
             step.group,
@@ -419,7 +430,7 @@ class UpdateRequests(_Plain):
     def decode(self, body: Body) -> UpdateRequest:
         read = _Reader(body, _UPDATE, 4, self.name)
         grads, ids, weights, offsets = read.tensors
-        rank, step, generation, sequence, lookup_id, lookups, hold, want_weight_grad = read.fixed[4:]
+        rank, step, generation, sequence, lookup_id, lookups, hold, want_weight_grad, act, input_dim = read.fixed[4:]
         return UpdateRequest(
             envelope=_envelope_of(read.fixed),
             step_id=StepId(group=read.text, rank=rank, step=step, generation=generation),
@@ -433,6 +444,8 @@ class UpdateRequests(_Plain):
             ids=None if ids is None else _wide_own(ids),
             weights=weights,
             offsets=None if offsets is None else offsets.clone(),
+            act=_act_of(act, self.name),
+            input_dim=input_dim,
         )
 
 
@@ -452,6 +465,18 @@ def _number_of(reply_dtype: ReplyDtype, name: str) -> int:
     if number is None:
         raise InvalidRequest(f"{name} cannot be sent: reply_dtype = {reply_dtype!r} is none of {', '.join(_SUMS)}")
     return number
+
+
+def _act_number(act: Act, name: str) -> int:
+    if act not in _ACTS:
+        raise InvalidRequest(f"{name} cannot be sent: act = {act!r} is none of {', '.join(ACTS)}")
+    return _ACTS.index(act)
+
+
+def _act_of(number: int, name: str) -> Act:
+    if number >= len(_ACTS):
+        raise InvalidRequest(f"{name} is malformed: it asks for experts of act {number}")
+    return _ACTS[number]
 
 
 def _wide_own(ids: Tensor) -> Tensor:

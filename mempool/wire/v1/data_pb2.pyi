@@ -468,9 +468,11 @@ class GatherRequest(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     REPLY_DTYPE_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
+    ACT_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     OFFSETS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
     lookup_id: _builtins.int
     """Number of this lookup, unique among all clients (random, or a random start that is counted up)."""
     remember: _builtins.bool
@@ -487,6 +489,10 @@ class GatherRequest(_message.Message):
     """
     pin: _builtins.str
     """A pin that is settled here: the sums are of its version. "": of the newest."""
+    act: _builtins.str
+    """"gelu" (the exact one, of erf), "relu" or "silu": rows are experts, u [I] and v [W - I] side by side; of each pair
+    act(<u, input of the bag>) * v is weighted and summed. "": rows are values.
+    """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -507,6 +513,10 @@ class GatherRequest(_message.Message):
     def offsets(self) -> _tensor_pb2.Tensor:
         """[B + 1] int64."""
 
+    @_builtins.property
+    def inputs(self) -> _tensor_pb2.Tensor:
+        """[B, I] float32 or bfloat16: what u is multiplied with. Present exactly where act is."""
+
     def __init__(
         self,
         *,
@@ -516,13 +526,15 @@ class GatherRequest(_message.Message):
         release: _abc.Iterable[_builtins.int] | None = ...,
         reply_dtype: _tensor_pb2.Dtype.ValueType = ...,
         pin: _builtins.str = ...,
+        act: _builtins.str = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
         offsets: _tensor_pb2.Tensor | None = ...,
+        inputs: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "offsets", b"offsets", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "inputs", b"inputs", "offsets", b"offsets", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "lookup_id", b"lookup_id", "offsets", b"offsets", "pin", b"pin", "release", b"release", "remember", b"remember", "reply_dtype", b"reply_dtype", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["act", b"act", "envelope", b"envelope", "ids", b"ids", "inputs", b"inputs", "lookup_id", b"lookup_id", "offsets", b"offsets", "pin", b"pin", "release", b"release", "remember", b"remember", "reply_dtype", b"reply_dtype", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,7 +560,7 @@ class GatherReply(_message.Message):
     @_builtins.property
     def values(self) -> _tensor_pb2.Tensor:
         """[B, W], or packed rows, as asked for: the columns of `blocks`, side by side. Block j has block_dim columns, the table's last one perhaps
-        fewer.
+        fewer. Of experts [B, W - I], never packed.
         """
 
     def __init__(
@@ -580,6 +592,8 @@ class UpdateRequest(_message.Message):
     HOLD_FIELD_NUMBER: _builtins.int
     WANT_WEIGHT_GRAD_FIELD_NUMBER: _builtins.int
     LOOKUPS_FIELD_NUMBER: _builtins.int
+    ACT_FIELD_NUMBER: _builtins.int
+    INPUT_DIM_FIELD_NUMBER: _builtins.int
     GRADS_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
@@ -596,6 +610,10 @@ class UpdateRequest(_message.Message):
     """Of so many lookups, numbered on from lookup_id, the bags one after the other. 0 is 1. An answer has a bounded size
     (GatherReply), so bags whose answer is larger are asked for by several.
     """
+    act: _builtins.str
+    """As in the Gather of experts: `grads` is then each bag's input, I columns, and beside it the gradient of the loss by the sums."""
+    input_dim: _builtins.int
+    """I; 0 without act."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -635,6 +653,8 @@ class UpdateRequest(_message.Message):
         hold: _builtins.bool = ...,
         want_weight_grad: _builtins.bool = ...,
         lookups: _builtins.int = ...,
+        act: _builtins.str = ...,
+        input_dim: _builtins.int = ...,
         grads: _tensor_pb2.Tensor | None = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
@@ -642,7 +662,7 @@ class UpdateRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "grads", b"grads", "ids", b"ids", "offsets", b"offsets", "step_id", b"step_id", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "envelope", b"envelope", "grads", b"grads", "hold", b"hold", "ids", b"ids", "lookup_id", b"lookup_id", "lookups", b"lookups", "offsets", b"offsets", "sequence", b"sequence", "step_id", b"step_id", "want_weight_grad", b"want_weight_grad", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["act", b"act", "blocks", b"blocks", "envelope", b"envelope", "grads", b"grads", "hold", b"hold", "ids", b"ids", "input_dim", b"input_dim", "lookup_id", b"lookup_id", "lookups", b"lookups", "offsets", b"offsets", "sequence", b"sequence", "step_id", b"step_id", "want_weight_grad", b"want_weight_grad", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -663,7 +683,7 @@ class UpdateReply(_message.Message):
     @_builtins.property
     def weight_grad(self) -> _tensor_pb2.Tensor:
         """[L] float32: for each pair <grads[bag], row(id)> over the columns this shard owns; add up over shards, ascending.
-        Absent if not asked for.
+        Absent if not asked for. Of experts [L + B * I]: behind it the gradient of the inputs, bag by bag.
         """
 
     def __init__(
@@ -2057,7 +2077,7 @@ class OpenLineRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """Of the messages of lines, as the client knows them: 4."""
+    """Of the messages of lines, as the client knows them: 5."""
     client: _builtins.int
     """A number that this client process has drawn: its lines are one client's."""
     def __init__(

@@ -35,8 +35,10 @@ def matrices(draw: st.DrawFn) -> Tensor:
 
 
 WEIGHTS = st.none() | FLOATS.flatmap(vectors)
+EXPERTS = st.just(("", None)) | st.tuples(st.sampled_from(["gelu", "relu", "silu"]), matrices())
 GATHERS = st.builds(
-    GatherRequest,
+    lambda experts, **rest: GatherRequest(act=experts[0], inputs=experts[1], **rest),
+    experts=EXPERTS,
     envelope=ENVELOPES,
     lookup_id=NUMBERS,
     ids=vectors(torch.int64),
@@ -62,6 +64,8 @@ UPDATES = st.builds(
     ids=st.none() | vectors(torch.int64),
     weights=WEIGHTS,
     offsets=st.none() | vectors(torch.int64),
+    act=st.sampled_from(["", "gelu", "relu", "silu"]),
+    input_dim=st.integers(0, 2**16),
 )
 REPLIES = [
     (GATHER.reply, st.builds(GatherReply, stamp=STAMPS, blocks=FEW, values=matrices())),
@@ -176,7 +180,12 @@ def test_the_usual_gather_is_read_as_arrays_however_it_was_written(request: Gath
     asked = plain.read_gather(body)
     weights = request.weights
     sized = len(request.ids) and len(request.offsets) and (weights is None or len(weights) == len(request.ids))
-    usual = sized and request.reply_dtype == "float32" and (weights is None or weights.dtype == torch.float32)
+    usual = (
+        sized
+        and not request.act
+        and request.reply_dtype == "float32"
+        and (weights is None or weights.dtype == torch.float32)
+    )
     assert (asked is not None) == bool(usual and request.pin.isascii())
     assert_same(GATHER.request.decode(body), replace(request, bags=None))
     if asked is not None:
@@ -267,5 +276,5 @@ def test_another_layout_is_another_version() -> None:
         UPDATE.reply.encode(UpdateReply(stamp=stamp, weight_grad=weights)),
         header_of(Message(REQUEST, 1, 2, 3), 4),
     ]
-    assert VERSION == 4
-    assert hashlib.sha256(b"".join(bodies)).hexdigest()[:16] == "e7578ae2a964fbcb"
+    assert VERSION == 5
+    assert hashlib.sha256(b"".join(bodies)).hexdigest()[:16] == "63f293344ad54a3c"
