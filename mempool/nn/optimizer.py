@@ -311,11 +311,7 @@ def _groups(tables: Tables, lr: float | None) -> list[dict[str, Any]]:
                 f"found no MemoryLayer in model {type(tables).__name__}, nor another module that holds a table;"
                 " give PoolOptimizer the model that has them, or a list of tables"
             )
-        groups = [{"table": table, "values": values_of(tables, table)} for table in found]
-        for group, factor in zip(groups, [lr_factor_of(tables, table) for table in found], strict=True):
-            if lr is not None and factor != 1.0:
-                group["lr"] = factor * _checked_lr(lr, group["table"].name)
-        return groups
+        return [{"table": table, "values": values_of(tables, table), **_lr_of(tables, table, lr)} for table in found]
     if isinstance(tables, Table):
         tables = [tables]
     if not isinstance(tables, Iterable):
@@ -327,6 +323,12 @@ def _groups(tables: Tables, lr: float | None) -> list[dict[str, Any]]:
         raise InvalidRequest("PoolOptimizer was given no table")
     named = [group["table"] for group in groups if isinstance(group.get("table"), Table)]
     return groups + [{"table": keys} for keys in keys_of(named) if not any(keys is each for each in named)]
+
+
+def _lr_of(model: nn.Module, table: Table, lr: float | None) -> dict[str, float]:
+    """What a model's learning rate is for a table, where it has another one."""
+    factor = lr_factor_of(model, table)
+    return {} if lr is None or factor == 1.0 else {"lr": factor * _checked_lr(lr, table.name)}
 
 
 def _checked_lr(lr: Any, table: str) -> float:

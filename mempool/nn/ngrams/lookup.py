@@ -25,8 +25,13 @@ from mempool.nn.sizes import checked_int, checked_table
 from mempool.nn.values import LayerLink, follows, values_parameter
 
 _VERSION = "table_version"
-_OF_THIS_ONE = ("_link", "_copied")
+_OF_THIS_ONE = ("_link", "_copied", "_ahead")
 """What a copy has of its own."""
+_MAX_AHEAD = 255
+"""Prefetched and not taken, besides the newest: their answers are bounded by the table's."""
+_WORTH = 0.75
+"""Each slot travels once where those are at most so many of all: to lay the rows out again costs a copy of them, which
+takes a processor about as long as a fifth of them takes to read."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -48,22 +53,32 @@ class NgramRows:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
     """Attributes:
-    ids: [U, 1], distinct; or of all R * S, where they are.
+    ids: [U, 1], distinct; or of all R * S, where nearly all are.
     order: [R * S]: which of the rows each is; None: as they come.
+    tokens: [B, T] int64 on the CPU, 0 for padding.
+    commits: Of this client's steps, when it was made.
     """
 
     ids: Tensor
     order: Tensor | None
+    tokens: Tensor
     places: Places
+    commits: int
+
+    def of(self, tokens: Tensor, places: Places) -> bool:
+        """Whether it is what these ask for."""
+        mine, real = self.places, places.real
+        same_real = mine.real is real or (mine.real is not None and real is not None and torch.equal(mine.real, real))
+        return same_real and torch.equal(self.tokens, tokens) and torch.equal(mine.positions, places.positions)
 
 
 class NgramLookup(nn.Module):
     """Tokens in, rows of their hashed n-grams out: what one or several ``NgramMemory`` read of a table.
 
-    The life of a call: [TRAINER] canonical ids, hashes, each slot once -> [SHARD] rows -> [TRAINER] side by side. The
-    backward sends one gradient for each row that was fetched, and shards hold it until ``PoolOptimizer.step``. An
-    n-gram never reaches over its sequence's begin: before it there is a pad. Padding gets no rows, and no
-    gradient.
+    The life of a call: [TRAINER] canonical ids, hashes, each slot once where many repeat -> [SHARD] rows -> [TRAINER]
+    side by side. The backward sends one gradient for each row that was fetched, and shards hold it until
+    ``PoolOptimizer.step``. An n-gram never reaches over its sequence's begin: before it there is a pad. Padding gets no
+    rows, and no gradient.
 
     Slots depend on tokens alone, so they can be fetched early (``prefetch``).
 
@@ -142,7 +157,7 @@ class NgramLookup(nn.Module):
         self.values = values_parameter(device=device, dtype=dtype)
         self._link = LayerLink(table, self.values)
         self._copied: CopyCaution | None = None
-        self._ahead = (0, 0)  # prefetched and not taken, after so many commits
+        self._ahead: list[_Asked] = []  # prefetched and not taken
         self._late_told = False
 
     @property
@@ -159,7 +174,8 @@ class NgramLookup(nn.Module):
 
         Of padding they mean nothing. Arguments and errors as of a call.
         """
-        return self._slots(tokens, places_of(_checked_tokens(tokens), **packing))
+        places = places_of(_checked_tokens(tokens), **packing)
+        return self._hashed(self._checked(tokens, places), places).view(*tokens.shape, self.ngrams.columns)
 
     @untraced
     def forward(self, tokens: Tensor, **packing: Unpack[Packing]) -> NgramRows:
@@ -180,8 +196,7 @@ class NgramLookup(nn.Module):
         refuse_export(self.table.name)
         if self._copied is not None:
             self._copied.before_call(self)
-        asked = self._asked(tokens, packing)
-        self._taking()
+        asked = self._asked(tokens, packing, take=True)
         rows = gather(
             self._link,
             asked.ids,
@@ -216,44 +231,47 @@ class NgramLookup(nn.Module):
         Raises:
             InvalidRequest: As a call.
         """
-        started = self.table.prefetch(self._asked(tokens, packing).ids, remember=self.training)
-        count, commits = self._ahead
-        now = self.table.link.session.commits
-        self._ahead = ((count if commits == now else 0) + started, now)
+        asked = self._asked(tokens, packing)
+        started = self.table.prefetch(asked.ids, remember=self.training)
+        self._ahead = [each for each in self._ahead if each.commits == asked.commits][-_MAX_AHEAD:]
+        if started:
+            self._ahead.append(asked)
         return started
 
-    def _taking(self) -> None:
-        """One prefetch less; says so where steps made them old."""
-        count, commits = self._ahead
-        if not count:
-            return
-        if commits == self.table.link.session.commits:
-            self._ahead = (count - 1, commits)
-            return
-        self._ahead = (0, 0)
+    def _asked(self, tokens: Tensor, packing: Packing, *, take: bool = False) -> _Asked:
+        """What is to be fetched; with ``take`` what was prefetched for the same, once, where no step made it old."""
+        places = places_of(_checked_tokens(tokens), **packing)
+        here = self._checked(tokens, places)
+        commits = self.table.link.session.commits
+        ahead = next((each for each in self._ahead if each.of(here, places)), None) if take else None
+        if ahead is not None:
+            self._ahead.remove(ahead)
+            if ahead.commits != commits:
+                self._tell_late()
+            return ahead
+        slots = self._hashed(here, places)
+        if places.real is not None:
+            slots = slots[places.real]
+        flat = slots.reshape(-1)
+        distinct, order = torch.unique(flat, return_inverse=True)
+        if distinct.numel() > _WORTH * flat.numel():
+            return _Asked(flat.view(-1, 1), None, here, places, commits)
+        return _Asked(distinct.view(-1, 1), order, here, places, commits)
+
+    def _tell_late(self) -> None:
         if not self._late_told:
             self._late_told = True
             warnings.warn(
                 f"rows of table {self.table.name!r} were prefetched before a step and are read after it: they are asked"
                 " for again, and the prefetch was in vain. Prefetch after step()",
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _asked(self, tokens: Tensor, packing: Packing) -> _Asked:
-        places = places_of(_checked_tokens(tokens), **packing)
-        slots = self._slots(tokens, places).view(-1, self.ngrams.columns)
+    def _checked(self, tokens: Tensor, places: Places) -> Tensor:
+        """[B, T] int64 on the CPU, 0 for padding; not the caller's."""
+        here = tokens.detach().to("cpu", torch.int64, copy=True).view(places.positions.shape)
         if places.real is not None:
-            slots = slots[places.real.reshape(-1)]
-        flat = slots.reshape(-1)
-        distinct, order = torch.unique(flat, return_inverse=True)
-        if distinct.numel() == flat.numel():
-            return _Asked(flat.view(-1, 1), None, places)
-        return _Asked(distinct.view(-1, 1), order, places)
-
-    def _slots(self, tokens: Tensor, places: Places) -> Tensor:
-        here = tokens.detach().to("cpu", torch.int64).view(places.positions.shape)
-        if places.real is not None:
-            here = here.masked_fill(~places.real, 0)
+            here.masked_fill_(~places.real, 0)
         outside = (here < 0) | (here >= self.vocab_size)
         if bool(outside.any()):
             at = torch.nonzero(outside.view(tokens.shape))[0].tolist()
@@ -262,8 +280,11 @@ class NgramLookup(nn.Module):
                 f" {self.vocab_size} (0 to {self.vocab_size - 1}) of table {self.table.name!r}'s n-grams; padding is"
                 " said by mask"
             )
-        ids = here if self.canonical is None else self.canonical[here]
-        return self._hash.slots(ids, places).view(*tokens.shape, self.ngrams.columns)
+        return here
+
+    def _hashed(self, tokens: Tensor, places: Places) -> Tensor:
+        """[B, T] checked -> slots [B, T, S]."""
+        return self._hash.slots(tokens if self.canonical is None else self.canonical[tokens], places)
 
     def _canonical_of(self, pad_id: object) -> int:
         pad = checked_int("pad_id", pad_id, at_least=0)
@@ -337,18 +358,19 @@ class NgramLookup(nn.Module):
         if len(parts) == len(found):  # a part of a hash is none
             for _, part, own in parts:
                 own.copy_(part)
+            self._ahead = []
         self.table.link.expect(copied_version(local_metadata.get(_VERSION)), whose="a model")
 
     def __copy__(self) -> Self:
         clone = type(self).__new__(type(self))
-        clone.__dict__.update(self.__dict__)
+        clone.__dict__.update(self.__dict__, _ahead=[])
         return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         state = {name: part for name, part in self.__dict__.items() if name not in _OF_THIS_ONE}
-        clone.__dict__.update(copy.deepcopy(state, memo))
+        clone.__dict__.update(copy.deepcopy(state, memo), _ahead=[])
         clone._link, clone._copied = LayerLink(self.table, clone.values), CopyCaution(clone, self.table.name)
         return clone
 

@@ -142,7 +142,7 @@ class NgramMemory(nn.Module):
                 f" {type(tokens).__name__ if shape is None else list(shape)}"
             )
         if not isinstance(tokens, NgramRows):
-            rows = self.lookup(tokens, **packing)
+            rows: NgramRows = self.lookup(tokens, **packing)
         else:
             rows = tokens
             if packing:

@@ -67,6 +67,9 @@ def places_of(
         raise InvalidRequest(f"{' and '.join(given)} both say where sequences begin: give one of them")
     length = tokens.shape[-1]
     rows = tokens.numel() // length if length else 0
+    index = torch.arange(length, device="cpu").expand(rows, length)
+    if not given and mask is None:
+        return Places(index, None)
     starts = torch.zeros(rows, length, dtype=torch.bool, device="cpu")
     starts[:, :1] = True
     real = None if mask is None else _real(mask, tokens).reshape(rows, length)
@@ -81,7 +84,6 @@ def places_of(
         starts[0, _begins(cu_seqlens, rows, length)] = True
     if real is not None:
         starts[:, 1:] |= real[:, 1:] & ~real[:, :-1]
-    index = torch.arange(length, device="cpu").expand(rows, length)
     begins = torch.where(starts, index, 0)
     within = index - begins.cummax(dim=1).values if length else begins
     return Places(within if real is None else torch.where(real, within, 0), real)
