@@ -63,15 +63,6 @@ def checked_table(table: object) -> Table:
     raise InvalidRequest(f"table = {table!r} is no table of a pool: give {how}")
 
 
-def checked_keys(keys: object) -> str:
-    """Raises InvalidRequest for what says of no place where they are."""
-    if keys not in ("model", "product", "pool"):
-        raise InvalidRequest(
-            f'keys = {keys!r}: must be "product" (or "model"), parameters of the layer, or "pool", the table\'s own'
-        )
-    return str(keys)
-
-
 def checked_pool_keys(table: Table, heads: int | None, key_dim: int | None, **others: object) -> TrainedKeySpec:
     """What a table says of the keys that it trains, where a layer has none of its own.
 

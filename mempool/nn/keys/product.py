@@ -46,7 +46,7 @@ def best_slots(queries_BHD: Tensor, keys_HPNd: Tensor, topk: int, num_slots: int
         if ways == 2 and num_slots == size**2:
             return _pair(queries, keys, topk, deterministic)
         found = [_best_in(box, queries, keys, topk, deterministic) for box in boxes(num_slots, size, ways)]
-        return found[0] if len(found) == 1 else _best_of(found, topk, size)
+        return best_of(found, topk, size)
 
 
 def gradients(
@@ -97,6 +97,28 @@ def boxes(num_slots: int, size: int, ways: int) -> list[tuple[Range, ...]]:
             break
         fixed.append((whole, whole + 1))
     return found
+
+
+def best_of(found: list[Found], topk: int, size: int) -> Found:
+    """The best of boxes that come by rising ids."""
+    from mempool.kernels import select_topk
+
+    if len(found) == 1:
+        return found[0]
+    ordered = [_by_id(each, size) for each in found]
+    scores = torch.cat([each.scores for each in ordered], dim=-1)
+    every = tuple(torch.cat(parts, dim=-1) for parts in zip(*(each.parts for each in ordered), strict=True))
+    best, places = select_topk(scores.flatten(0, -2), topk)
+    places = places.view(*scores.shape[:-1], topk)
+    return Found(best.view(places.shape), tuple(each.gather(-1, places) for each in every))
+
+
+def slot_ids(index: tuple[Tensor, ...], stride: int) -> Tensor:
+    """Slots of half-keys: each part counts for ``stride`` of the next."""
+    ids = index[0]
+    for each in index[1:]:
+        ids = ids * stride + each
+    return ids
 
 
 def best_keys(queries_BD: Tensor, keys_ND: Tensor, topk: int, *, deterministic: bool) -> tuple[Tensor, Tensor]:
@@ -178,38 +200,20 @@ def _taken(found: Found, places: Tensor) -> Found:
 
 def _best_sums(left: Found, right: Found, topk: int) -> Found:
     """The best sums of winners of some parts and of those after them, both by id, so that ties go by id."""
-    from mempool.kernels import select_topk
+    from mempool.kernels import product_select, select_topk
 
     shape, width = left.scores.shape[:-1], right.scores.shape[-1]
     lefts, rights = left.scores.flatten(0, -2), right.scores.flatten(0, -2)
     k = min(topk, lefts.shape[-1] * width)
-    chunk = max(1, _CHUNK_SUMS // (lefts.shape[-1] * width))
-    scores = lefts.new_empty(lefts.shape[0], k)
-    places = torch.empty_like(scores, dtype=torch.int64)
-    for first in range(0, lefts.shape[0], chunk):
-        part = slice(first, first + chunk)
-        sums = (lefts[part, :, None] + rights[part, None, :]).flatten(1)
-        scores[part], places[part] = select_topk(sums, k)
-    places = places.view(*shape, k)
-    index = (*_taken(left, places // width).parts, *_taken(right, places % width).parts)
-    return Found(scores.view(*shape, k), index)
-
-
-def _best_of(found: list[Found], topk: int, size: int) -> Found:
-    """The best of boxes that come by rising ids."""
-    from mempool.kernels import select_topk
-
-    ordered = [_by_id(each, size) for each in found]
-    scores = torch.cat([each.scores for each in ordered], dim=-1)
-    index = tuple(torch.cat(parts, dim=-1) for parts in zip(*(each.parts for each in ordered), strict=True))
-    best, places = select_topk(scores.flatten(0, -2), topk)
-    places = places.view(*scores.shape[:-1], topk)
-    return Found(best.view(places.shape), tuple(each.gather(-1, places) for each in index))
-
-
-def slot_ids(index: tuple[Tensor, ...], stride: int) -> Tensor:
-    """Slots of half-keys: each part counts for ``stride`` of the next."""
-    ids = index[0]
-    for each in index[1:]:
-        ids = ids * stride + each
-    return ids
+    if lefts.shape[-1] == width:
+        place1, place2 = (each.view(*shape, k) for each in product_select(lefts, rights, k, width))
+    else:
+        places = lefts.new_empty(lefts.shape[0], k, dtype=torch.int64)
+        chunk = max(1, _CHUNK_SUMS // (lefts.shape[-1] * width))
+        for first in range(0, lefts.shape[0], chunk):
+            part = slice(first, first + chunk)
+            places[part] = select_topk((lefts[part, :, None] + rights[part, None, :]).flatten(1), k)[1]
+        places = places.view(*shape, k)
+        place1, place2 = places // width, places % width
+    lefts_best, rights_best = _taken(left, place1), _taken(right, place2)
+    return Found(lefts_best.scores + rights_best.scores, (*lefts_best.parts, *rights_best.parts))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer
-from mempool.nn import layer as layer_module
+from mempool.nn.keys import finding
 from mempool.nn.scoring import product_topk
 from tests.agreement.reference import Reference, dense_parameters, leaf, relative_error
 
@@ -257,7 +257,7 @@ def test_the_order_of_sums_is_the_layers_choice(deterministic: bool, monkeypatch
         asked.append(options["deterministic"])
         return product_topk(*args, **options)
 
-    monkeypatch.setattr(layer_module, "product_topk", asking)
+    monkeypatch.setattr(finding, "product_topk", asking)
     make_layer(deterministic=deterministic)(torch.randn(3, 12))
     assert asked == [deterministic]
 
