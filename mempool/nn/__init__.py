@@ -6,6 +6,7 @@ from mempool.nn.decoders import from_pretrained, retrofit, save_pretrained
 from mempool.nn.experts import PEERLayer
 from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
+from mempool.nn.ngrams import NgramLookup, NgramMemory, NgramRows, Ngrams, canonical_ids
 from mempool.nn.optimizer import PoolOptimizer
 from mempool.nn.pending import PendingMemory
 from mempool.nn.state import PoolState
@@ -14,11 +15,16 @@ from mempool.nn.tables import reading
 __all__ = [
     "MemoryLayer",
     "MemoryLookup",
+    "NgramLookup",
+    "NgramMemory",
+    "NgramRows",
+    "Ngrams",
     "PEERLayer",
     "PendingMemory",
     "PoolOptimizer",
     "PoolState",
     "TableGradient",
+    "canonical_ids",
     "from_pretrained",
     "reading",
     "retrofit",

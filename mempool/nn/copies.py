@@ -35,7 +35,7 @@ class CopyCaution:
         elif _versions(copy) != self._versions:
             self._over = True
             warnings.warn(
-                "this copy of a MemoryLayer was given other parameters (an average, as AveragedModel or EMA makes it,"
+                "this copy of a memory layer was given other parameters (an average, as AveragedModel or EMA makes it,"
                 f" or a snapshot), but it reads the live values of table {self._table!r}: a copy shares the table, and"
                 " its values are not averaged",
                 stacklevel=5,

@@ -3,12 +3,12 @@
 Queries, keys, gate and output projection are ordinary parameters of the model; the values belong to the table, which
 fetches their weighted sums and takes their gradients (``mempool.client``). Scores to weights: ``choice``.
 
-Shape legend: B bags (tokens), H heads, K top-k, D key dim, N half-keys of a codebook (slots = N * N), V value dim.
+Shape legend: B bags (tokens), H heads, K top-k, D key dim, V value dim.
 """
 
 import copy
 import math
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,13 @@ from mempool.client import Table
 from mempool.client.gathers.autograd import gather, refuse_export
 from mempool.client.gathers.pending import begin
 from mempool.errors import InvalidRequest
-from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
+from mempool.nn.choice import MemoryLookup, Scores, checked_scores
 from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
-from mempool.nn.parts import Gate, Out, gate_part, out_part
+from mempool.nn.keys.finding import FindsSlots
+from mempool.nn.keys.options import Keys, Score, key_options
+from mempool.nn.parts import Gate, Out, gate_part, out_part, projected
 from mempool.nn.pending import PendingMemory
-from mempool.nn.scoring import product_topk, unit_rms
-from mempool.nn.sizes import (
-    checked_dropout,
-    checked_int,
-    checked_key_dim,
-    checked_keys,
-    checked_pool_keys,
-    checked_std,
-    checked_table,
-    checked_topk,
-    codebook_size,
-)
+from mempool.nn.sizes import checked_dropout, checked_int, checked_std, checked_table, checked_topk
 from mempool.nn.values import LayerLink, follows, key_link, values_parameter
 
 _VERSION = "table_version"
@@ -45,7 +36,7 @@ _OF_THIS_ONE = ("_link", "_key_link", "_copied", "last_lookup")
 Output = Tensor | PendingMemory
 
 
-class MemoryLayer(nn.Module):
+class MemoryLayer(FindsSlots):
     """Memory+ of "Memory Layers at Scale" (arXiv 2412.09764, section 2): product keys here, values in the pool.
 
     For every token x and head h, with q_h the h-th part of ``query(x)`` and q_h1, q_h2 its halves::
@@ -85,8 +76,10 @@ class MemoryLayer(nn.Module):
 
     Attributes:
         query: Linear(dim, heads * key_dim).
-        half_keys: Parameter [heads, 2, n, key_dim / 2], n * n = slots of the table. Also readable as ``keys``. With
-            keys="pool" None.
+        half_keys: Parameter [heads, ways, n, key_dim / ways], n the fewest with n ** ways >= slots of the table. Also
+            readable as ``keys``. None with keys="pool", and where ``search`` has the keys.
+        search: With keys="hierarchical" a ``HierarchicalKeys``, with score="tucker" a ``TuckerKeys``
+            (``mempool.nn.keys``), whose parameters the keys are; else None.
         gate: Linear(dim, value_dim); None with gate="none".
         out: Linear(value_dim, out_dim); None where nothing needs projecting.
         gating: Linear(dim, 1) with mem_gated; else None.
@@ -99,14 +92,24 @@ class MemoryLayer(nn.Module):
 
     Args:
         dim: Width of the input.
-        table: A table whose number of slots is a square; of any number of slots where it trains flat keys.
-        keys: "model": half-keys are parameters of the layer. "pool": the table trains them (it was made with
+        table: A table. Where its slots are no n ** ways, the last of the products are no slots, and never chosen; that
+            takes up to half as long again as products of all.
+        keys: "model" or "product": half-keys are parameters of the layer. "pool": the table trains them (made with
             ``ProductKeys(..., optimizer=...)`` or ``FlatKeys``): the layer sends queries and has no keys; the same
             training by ``PoolOptimizer``. Each call and each backward pass take a round trip more. A graph break under
-            ``torch.compile``.
+            ``torch.compile``. "hierarchical": a key a slot, in groups with keys too, which all heads share
+            (``mempool.nn.keys.hierarchical``): parameters, and as many as flat keys; the search is greedy.
+        ways: Parts into which a query is cut, each with a codebook. 3 have far fewer half-keys than 2, and share each
+            among far more slots. None: 2.
+        score: Of product keys of two ways. "tucker": the halves' scores are multiplied through a trained core in place
+            of added (UltraMem's TDQKR, ``mempool.nn.keys.tucker``); the search is greedy.
+        rank: Of Tucker scores, the core is rank by rank. None: 2.
+        groups: Of hierarchical keys. None: so many that scoring them takes about as long as scoring slots.
+        probes: How far a greedy search looks: groups that a query picks (None: 8); with Tucker scores half-keys of each
+            codebook at either end (None: half of topk). ``recall(x)`` says what it misses.
         heads: Queries per token, each with keys of its own; None: 4, or as the keys in the pool have.
         topk: Slots per head, at most all of them.
-        key_dim: Width of a query; even. None: 128, or as the keys in the pool have.
+        key_dim: Width of a query; a multiple of ways (and rank). None: 128 or the next; or as the pool's keys have.
         query: A module from [..., dim] to [..., heads * key_dim], in place of the linear layer.
         query_bias: Give the linear layer ``query`` a bias.
         gate: "silu" for Memory+, "none" for the plain memory layer; or a module from [..., dim] to [..., value_dim] in
@@ -116,7 +119,7 @@ class MemoryLayer(nn.Module):
         out_dim: Width of the output; dim if None.
         scores: What makes weights of the scores of the chosen slots: "softmax", "relu", or a function of [B, H, K]
             float32 that answers weights of that shape.
-        qk_norm: Normalise each half of a query and every half-key to a root mean square of 1, and divide the scores by
+        qk_norm: Normalise each part of a query and every half-key to a root mean square of 1, and divide the scores by
             sqrt(key_dim), as attention with qk-norm does: bounds the scores by sqrt(key_dim), for stable training.
         query_norm: Normalise each whole query to a root mean square of 1 (no learned gain: keys can learn it).
         input_dropout: Of x, before everything else.
@@ -132,7 +135,7 @@ class MemoryLayer(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        InvalidRequest: The table's slots are no square, or an argument makes no sense; the message says which.
+        InvalidRequest: An argument makes no sense, or does not fit the table; the message says which.
 
     Example:
         >>> layer = mempool.nn.MemoryLayer(512, table=table, heads=4, topk=32)
@@ -151,7 +154,12 @@ class MemoryLayer(nn.Module):
         dim: int,
         *,
         table: Table,
-        keys: Literal["model", "pool"] = "model",
+        keys: Keys = "model",
+        ways: int | None = None,
+        score: Score = "sum",
+        rank: int | None = None,
+        groups: int | None = None,
+        probes: int | None = None,
         heads: int | None = None,
         topk: int = 32,
         key_dim: int | None = None,
@@ -177,15 +185,23 @@ class MemoryLayer(nn.Module):
         schema = checked_table(table).schema
         self.dim = checked_int("dim", dim)
         self.out_dim = self.dim if out_dim is None else checked_int("out_dim", out_dim)
-        pool_keys = None
-        if checked_keys(keys) == "pool":
-            of_model = {"qk_norm": qk_norm, "key_init_std": key_init_std, "deterministic": not deterministic}
-            pool_keys = checked_pool_keys(table, heads, key_dim, **of_model)
-            heads, key_dim = pool_keys.heads, pool_keys.key_dim
-        product = pool_keys is None or pool_keys.product
-        self.heads = checked_int("heads", 4 if heads is None else heads)
         self.topk = checked_topk(topk, num_slots=schema.num_slots)
-        self.key_dim = checked_key_dim(128 if key_dim is None else key_dim, halves=product)
+        options = key_options(
+            table,
+            keys,
+            heads=heads,
+            key_dim=key_dim,
+            ways=ways,
+            score=score,
+            rank=rank,
+            groups=groups,
+            probes=probes,
+            qk_norm=qk_norm,
+            key_init_std=key_init_std,
+            deterministic=not deterministic,
+        )
+        self.heads, self.key_dim, self.ways = options.heads, options.key_dim, options.ways
+        self.codebook_size = options.codebook_size
         self.scores = checked_scores(scores)
         self.input_dropout = checked_dropout("input_dropout", input_dropout)
         self.query_dropout = checked_dropout("query_dropout", query_dropout)
@@ -198,38 +214,26 @@ class MemoryLayer(nn.Module):
         self.deterministic = deterministic
         self.overlap = overlap
         self.table = table
-        self.codebook_size = codebook_size(schema.name, schema.num_slots) if product else 0
         self.keep_lookup = False
         self.last_lookup: MemoryLookup | None = None
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         width = self.heads * self.key_dim
         self.query = nn.Linear(self.dim, width, bias=query_bias, **made) if query is None else query
-        shape = (self.heads, 2, self.codebook_size, self.key_dim // 2)
-        self.half_keys = nn.Parameter(torch.empty(shape, **made)) if pool_keys is None else None
+        self._make_keys(options, made)
         self.gate = gate_part(gate, self.dim, schema.value_dim, made)
         self.out = out_part(out, schema.value_dim, self.out_dim, made, gated=self.gate is not None)
         self.gating = nn.Linear(self.dim, 1, **made) if mem_gated else None
         self.values = values_parameter(**made)
-        self.pool_keys = None if pool_keys is None else values_parameter(**made)
+        self.pool_keys = values_parameter(**made) if options.kind == "pool" else None
         self._link = LayerLink(table, self.values)
         self._key_link = key_link(self.table, self.pool_keys)
         self._copied: CopyCaution | None = None
         self.reset_parameters()
 
-    @property
-    def keys(self) -> Tensor:
-        """``half_keys``; with keys="pool" as they are there now, read."""
-        return self.scoring_keys() if self.half_keys is None else self.half_keys
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter("half_keys" if name == "keys" else name, param)
         if name in ("values", "pool_keys") and "_key_link" in self.__dict__:
             self.follow_values()
-
-    def reset_parameters(self) -> None:
-        """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
-        if self.half_keys is not None:
-            nn.init.normal_(self.half_keys, std=self.key_init_std)
 
     def forward(self, x: Tensor, *, return_lookup: bool = False) -> Output | tuple[Output, MemoryLookup]:
         """Look up every token of ``x``.
@@ -325,7 +329,7 @@ class MemoryLayer(nn.Module):
         return F.dropout(x, self.input_dropout, self.training) if self.input_dropout else x
 
     def _made(self, x: Tensor, bag: Tensor, gate: Tensor | None) -> Tensor:
-        y = self._projected(x, bag.view(*x.shape[:-1], self.table.schema.value_dim), gate)
+        y = projected(x, bag.view(*x.shape[:-1], self.table.schema.value_dim), gate, self.out)
         if self.value_dropout:
             y = F.dropout(y, self.value_dropout, self.training)
         return y if self.gating is None else torch.sigmoid(self.gating(x)) * y
@@ -333,55 +337,6 @@ class MemoryLayer(nn.Module):
     def _keep(self, lookup: MemoryLookup) -> None:
         if self.keep_lookup:
             self.last_lookup = lookup.detached()
-
-    def scoring_queries(self, x: Tensor) -> Tensor:
-        """The queries as they are scored, norms and scale included.
-
-        ``table.lookup(layer.scoring_queries(x), topk=layer.topk)`` on a table that was given ``layer.scoring_keys()``
-        (``Table.write_keys``) finds what this layer finds.
-
-        Args:
-            x: [..., dim].
-
-        Returns:
-            [..., heads, key_dim] float32.
-        """
-        queries: Tensor = self.query(x)
-        if queries.shape != (*x.shape[:-1], self.heads * self.key_dim):
-            raise InvalidRequest(
-                f"query answered {list(queries.shape)} for {list(x.shape)}; its last dimension must be"
-                f" heads * key_dim = {self.heads * self.key_dim}"
-            )
-        if self.query_dropout:
-            queries = F.dropout(queries, self.query_dropout, self.training)
-        queries = queries.float().reshape(*x.shape[:-1], self.heads, self.key_dim)
-        if self.qk_norm:
-            halves = [unit_rms(half) for half in queries.chunk(2, dim=-1)]
-            return torch.cat(halves, dim=-1) / math.sqrt(self.key_dim)
-        return unit_rms(queries) if self.query_norm else queries
-
-    def scoring_keys(self) -> Tensor:
-        """The keys as they are scored: [heads, 2, n, key_dim / 2] float32, normalised with qk_norm; flat keys [slots,
-        key_dim]."""
-        if self.half_keys is None:
-            return self.table.read_keys()
-        keys = self.half_keys.float()
-        return unit_rms(keys) if self.qk_norm else keys
-
-    def _chosen(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast."""
-        queries = queries.reshape(-1, self.heads, self.key_dim)
-        if self._key_link is not None:
-            ids_BHK, scores_BHK = self._key_link.chosen(queries, self.topk, anchor=self.pool_keys)
-            return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)
-        scores_BHK, ids_BHK = product_topk(
-            queries,
-            self.scoring_keys(),
-            topk=self.topk,
-            stride=self.table.schema.stride,
-            deterministic=self.deterministic,
-        )
-        return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)
 
     def _shaped(self, queries: Tensor, *parts_BHK: Tensor) -> MemoryLookup:
         shape = (*queries.shape[:-2], self.heads, self.topk)
@@ -403,20 +358,6 @@ class MemoryLayer(nn.Module):
 
     def _gate(self, x: Tensor) -> Tensor | None:
         return None if self.gate is None else F.silu(self.gate(x))
-
-    def _projected(self, x: Tensor, bag: Tensor, gate: Tensor | None) -> Tensor:
-        # In the type in which the layer's own modules speak: that of the gate's answer, or of x. Their weights say
-        # nothing of it: those may be integers, or in another module.
-        dtype = x.dtype
-        if gate is not None:
-            if gate.shape != bag.shape:
-                raise InvalidRequest(
-                    f"gate answered {list(gate.shape)} for {list(x.shape)}; its last dimension must be the table's"
-                    f" value_dim = {bag.shape[-1]}"
-                )
-            dtype, bag = gate.dtype, gate * bag
-        bag = bag.to(dtype)
-        return bag if self.out is None else self.out(bag)
 
     def extra_repr(self) -> str:
         norms = "".join(f", {name}=True" for name in ("qk_norm", "query_norm") if getattr(self, name))

@@ -20,7 +20,7 @@ from mempool.client.counts import as_number
 from mempool.client.training.tables import TableCommit, commit_tables, discard_tables
 from mempool.errors import InvalidRequest, MempoolError, RankLost
 from mempool.nn.gradient import TableGradient
-from mempool.nn.tables import keys_of, tables_of, values_of
+from mempool.nn.tables import keys_of, lr_factor_of, tables_of, values_of
 
 Tables = nn.Module | Table | Iterable[Table | Mapping[str, Any]]
 
@@ -49,7 +49,8 @@ class PoolOptimizer(torch.optim.Optimizer):
     Args:
         tables: A model, whose tables are taken, wherever its modules hold them (attributes, lists, dicts, dataclasses);
             or tables; or groups ``{"table": table, "lr": 0.1}``.
-        lr: Learning rate of groups that name none; None takes each table's own.
+        lr: Learning rate of groups that name none; None takes each table's own. Of a model, tables of hashed n-grams
+            take 5 times it (``NgramLookup.lr_factor``), as in their paper.
         max_norm: Clip the gradient of all tables together to this norm, by the formula of
             ``torch.nn.utils.clip_grad_norm_``. ``math.inf`` only measures ``last_norm``. None does neither and saves a
             round trip per step.
@@ -84,7 +85,7 @@ class PoolOptimizer(torch.optim.Optimizer):
         self.last_norm: float | None = None
         self._looked_at: dict[int, tuple[int, int]] = {}
         self._dropped_told = False
-        super().__init__(_groups(tables), {"lr": lr})
+        super().__init__(_groups(tables, lr), {"lr": lr})
 
     @property
     def max_norm(self) -> float | None:
@@ -302,7 +303,7 @@ class PoolOptimizer(torch.optim.Optimizer):
                 )
 
 
-def _groups(tables: Tables) -> list[dict[str, Any]]:
+def _groups(tables: Tables, lr: float | None) -> list[dict[str, Any]]:
     if isinstance(tables, nn.Module):
         found = tables_of(tables)
         if not found:
@@ -310,7 +311,7 @@ def _groups(tables: Tables) -> list[dict[str, Any]]:
                 f"found no MemoryLayer in model {type(tables).__name__}, nor another module that holds a table;"
                 " give PoolOptimizer the model that has them, or a list of tables"
             )
-        return [{"table": table, "values": values_of(tables, table)} for table in found]
+        return [{"table": table, "values": values_of(tables, table), **_lr_of(tables, table, lr)} for table in found]
     if isinstance(tables, Table):
         tables = [tables]
     if not isinstance(tables, Iterable):
@@ -322,6 +323,12 @@ def _groups(tables: Tables) -> list[dict[str, Any]]:
         raise InvalidRequest("PoolOptimizer was given no table")
     named = [group["table"] for group in groups if isinstance(group.get("table"), Table)]
     return groups + [{"table": keys} for keys in keys_of(named) if not any(keys is each for each in named)]
+
+
+def _lr_of(model: nn.Module, table: Table, lr: float | None) -> dict[str, float]:
+    """What a model's learning rate is for a table, where it has another one."""
+    factor = lr_factor_of(model, table)
+    return {} if lr is None or factor == 1.0 else {"lr": factor * _checked_lr(lr, table.name)}
 
 
 def _checked_lr(lr: Any, table: str) -> float:

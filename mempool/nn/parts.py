@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
 
@@ -46,3 +46,24 @@ def out_part(
         raise InvalidRequest(f'out="none" needs value_dim = out_dim, got {value_dim} and {out_dim}')
     needed = out == "linear" or (out == "auto" and (gated or value_dim != out_dim))
     return nn.Linear(value_dim, out_dim, **made) if needed else None
+
+
+def projected(x: Tensor, bag: Tensor, gate: Tensor | None, out: nn.Module | None) -> Tensor:
+    """The gated, projected sum of values [..., out_dim].
+
+    In the type in which the layer's own modules speak: that of the gate's answer, or of x. Their weights say nothing of
+    it: those may be integers, or in another module.
+
+    Raises:
+        InvalidRequest: The gate is of another width than the values.
+    """
+    dtype = x.dtype
+    if gate is not None:
+        if gate.shape != bag.shape:
+            raise InvalidRequest(
+                f"gate answered {list(gate.shape)} for {list(x.shape)}; its last dimension must be the table's"
+                f" value_dim = {bag.shape[-1]}"
+            )
+        dtype, bag = gate.dtype, gate * bag
+    bag = bag.to(dtype)
+    return bag if out is None else out(bag)

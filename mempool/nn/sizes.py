@@ -18,11 +18,16 @@ def checked_int(name: str, number: object, *, at_least: int = 1) -> int:
     return value
 
 
-def checked_key_dim(key_dim: object, *, halves: bool = True) -> int:
-    """Raises InvalidRequest where a query has no two halves, if it has to have them."""
-    value = checked_int("key_dim", key_dim, at_least=1 + halves)
-    if halves and value % 2:
-        raise InvalidRequest(f"key_dim must be even and at least 2 (two halves), got {value}")
+def checked_key_dim(key_dim: object, *, parts: int = 2) -> int:
+    """Width of a query; None: 128, or the next that can be cut. Raises InvalidRequest where it has no such parts."""
+    if key_dim is None:
+        return parts * -(-128 // parts)
+    value = checked_int("key_dim", key_dim)
+    if value % parts:
+        if parts == 2:
+            raise InvalidRequest(f"key_dim must be even and at least 2 (two halves), got {value}")
+        above = parts * -(-value // parts)
+        raise InvalidRequest(f"key_dim must be a multiple of {parts} (as many parts of a query), got {value}: {above}?")
     return value
 
 
@@ -58,13 +63,6 @@ def checked_table(table: object) -> Table:
     raise InvalidRequest(f"table = {table!r} is no table of a pool: give {how}")
 
 
-def checked_keys(keys: object) -> str:
-    """Raises InvalidRequest for what says of no place where they are."""
-    if keys not in ("model", "pool"):
-        raise InvalidRequest(f'keys = {keys!r}: must be "model", where they are parameters of the layer, or "pool"')
-    return str(keys)
-
-
 def checked_pool_keys(table: Table, heads: int | None, key_dim: int | None, **others: object) -> TrainedKeySpec:
     """What a table says of the keys that it trains, where a layer has none of its own.
 
@@ -92,12 +90,21 @@ def checked_pool_keys(table: Table, heads: int | None, key_dim: int | None, **ot
     return keys
 
 
-def codebook_size(name: str, num_slots: int) -> int:
-    """n of n * n slots; raises InvalidRequest where they are no square."""
-    size = math.isqrt(num_slots)
-    if size * size != num_slots:
+def codebook_size(name: str, num_slots: int, ways: int) -> int:
+    """The fewest half-keys n of a codebook with n ** ways >= num_slots.
+
+    Raises:
+        InvalidRequest: A codebook would have one half-key, which chooses nothing.
+    """
+    if ways > 2 and num_slots < 2**ways:
+        most = max(2, num_slots.bit_length() - 1)
         raise InvalidRequest(
-            f"table {name!r} has {num_slots:_} slots, which is not a square; product keys need n * n."
-            f" Nearest: {size**2:_} ({size}^2) or {(size + 1) ** 2:_} ({size + 1}^2)"
+            f"ways = {ways} needs {2**ways:_} slots, two half-keys in each codebook, and table {name!r} has"
+            f" {num_slots:_}: give at most {most} ways, or more slots"
         )
+    size: int = round(num_slots ** (1.0 / ways))
+    while size**ways < num_slots:
+        size += 1
+    while (size - 1) ** ways >= num_slots:
+        size -= 1
     return size

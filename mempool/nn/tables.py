@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mempool.client import Table, TableAt
 from mempool.errors import InvalidRequest
 from mempool.nn.layer import MemoryLayer
+from mempool.nn.ngrams.lookup import NgramLookup
 
 # Deeper, or in more entries, nobody holds tables; and a model may hold a whole data set.
 _MAX_DEPTH = 8
@@ -38,7 +39,7 @@ def keys_of(tables: Sequence[Table]) -> list[Table]:
 
 @contextmanager
 def reading(model: nn.Module, *versions: TableAt) -> Iterator[None]:
-    """Within this, the model's memory layers look up in their tables as they were at these versions.
+    """Within this, the model's memory layers and n-grams look up in their tables as they were at these versions.
 
     To evaluate a model while its tables are trained: every look-up is of the one version. Use the model in no other
     thread meanwhile; a copy (``copy.deepcopy``) has the same tables and is its own. A backward pass is refused.
@@ -51,7 +52,7 @@ def reading(model: nn.Module, *versions: TableAt) -> Iterator[None]:
         InvalidRequest: No layer of the model has such a table, or one is named twice.
     """
     by_id = {version.schema.table_id: version for version in versions}
-    layers = [each for each in model.modules() if isinstance(each, MemoryLayer)]
+    layers = [each for each in model.modules() if isinstance(each, (MemoryLayer, NgramLookup))]
     layers = [layer for layer in layers if layer.table.schema.table_id in by_id]
     unused = by_id.keys() - {layer.table.schema.table_id for layer in layers}
     if unused or len(by_id) < len(versions):
@@ -71,12 +72,28 @@ def reading(model: nn.Module, *versions: TableAt) -> Iterator[None]:
 def values_of(model: nn.Module, table: Table) -> list[nn.Parameter]:
     """The parameters by which the model's layers stand for the table's values, or for its rows where they are another
     one's keys; not those that FSDP manages."""
-    layers = [module for module in model.modules() if isinstance(module, MemoryLayer)]
-    for layer in layers:
-        layer.follow_values()
-    found = [layer.values for layer in layers if layer.table is table]
+    readers = [module for module in model.modules() if isinstance(module, (MemoryLayer, NgramLookup))]
+    for reader in readers:
+        reader.follow_values()
+    found = [reader.values for reader in readers if reader.table is table]
+    layers = [module for module in readers if isinstance(module, MemoryLayer)]
     found += [layer.pool_keys for layer in layers if layer.pool_keys is not None and layer.table.keys is table]
     return [parameter for parameter in found if type(parameter) is nn.Parameter]
+
+
+def lr_factor_of(model: nn.Module, table: Table) -> float:
+    """What a model's learning rate is multiplied with for a table.
+
+    Raises:
+        InvalidRequest: Modules that read it say different ones.
+    """
+    lookups = [each for each in model.modules() if isinstance(each, NgramLookup) and each.table is table]
+    factors = sorted({lookup.lr_factor for lookup in lookups})
+    if len(factors) > 1:
+        raise InvalidRequest(
+            f"lookups in table {table.name!r} have lr_factor {factors}, and it has one learning rate: give all the same"
+        )
+    return factors[0] if factors else 1.0
 
 
 def _tables_in(part: Any, seen: set[int], depth: int) -> Iterator[Table]:

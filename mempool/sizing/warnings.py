@@ -26,12 +26,6 @@ def warnings_of(
 ) -> Iterator[str]:
     """A sentence each."""
     schema, busiest = split.schema, split.busiest
-    if not schema.stride:
-        root = math.isqrt(schema.num_slots)
-        yield (
-            f"{schema.num_slots:,} slots are no square: a MemoryLayer, whose keys are product keys, needs one "
-            f"({root**2:,} or {(root + 1) ** 2:,})"
-        )
     pages = model.tables * num_pages(schema)
     if pages > MAX_PLACED_PAGES:
         yield (

@@ -33,19 +33,16 @@ class Reference:
         layer = self.layer
         queries = self.linear("query", x).view(x.shape[0], layer.heads, layer.key_dim)
         if layer.qk_norm:
-            first, second = queries.chunk(2, dim=-1)
-            return torch.cat([rms_normalised(first), rms_normalised(second)], dim=-1) / layer.key_dim**0.5
+            parts = [rms_normalised(part) for part in queries.chunk(layer.ways, dim=-1)]
+            return torch.cat(parts, dim=-1) / layer.key_dim**0.5
         return rms_normalised(queries) if layer.query_norm else queries
 
     def all_scores(self, x: Tensor) -> Tensor:
-        """Scores of every slot, [B, H, N * N]."""
+        """Scores of every slot, [B, H, slots]."""
         keys = self.parameters["half_keys"]
         if self.layer.qk_norm:
             keys = rms_normalised(keys)
-        first, second = self.queries(x).chunk(2, dim=-1)
-        scores1 = torch.einsum("bhd,hnd->bhn", first, keys[:, 0])
-        scores2 = torch.einsum("bhd,hnd->bhn", second, keys[:, 1])
-        return (scores1[..., :, None] + scores2[..., None, :]).flatten(-2)
+        return product_scores(self.queries(x), keys)[..., : self.layer.table.num_slots]
 
     def bags(self, x: Tensor) -> Tensor:
         """[B, V]"""
@@ -59,6 +56,15 @@ class Reference:
         if self.layer.gate is not None:
             bags = bags * nn.functional.silu(self.linear("gate", x))
         return bags if self.layer.out is None else self.linear("out", bags)
+
+
+def product_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Scores of all products of half-keys [H, P, N, D / P], the first one's slowest: [B, H, N ** P]."""
+    scores = torch.zeros_like(queries[..., :1])
+    for number, part in enumerate(queries.chunk(keys.shape[1], dim=-1)):
+        own = torch.einsum("bhd,hnd->bhn", part, keys[:, number])
+        scores = (scores[..., :, None] + own[..., None, :]).flatten(-2)
+    return scores
 
 
 def dense_parameters(layer: MemoryLayer) -> dict[str, nn.Parameter]:

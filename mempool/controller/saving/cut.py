@@ -1,4 +1,4 @@
-"""The moment of a checkpoint, as a machine: what was answered goes in, the calls to make next come out.
+"""The moment of a checkpoint or a fork, as a machine: what was answered goes in, the calls to make next come out.
 
 Freeze every table, at its gate first; once all stand still, mark all; once all are marked, thaw all. Each mark is taken
 only where that freeze still holds, so that all are of the moment at which the last freeze began: one version of each
@@ -139,6 +139,10 @@ class Cut:
             self._frozen[event.call.owner] = event.version
         return self._go_on(now_s)
 
+    def abandon(self, now_s: float) -> list[Action]:
+        """Nobody waits for it any more: what lets tables go on, where they may stand still."""
+        return self._thaw(now_s) if self.phase in ("gates", "others", "marks") else []
+
     def _renew(self, now_s: float) -> list[Action]:
         if self.phase not in ("gates", "others", "marks") or now_s < self.next_s:
             return []
@@ -197,11 +201,11 @@ def _apart(owner: Owner, known: int, found: int) -> MempoolError:
         return ShardUnavailable(
             f"table {owner.table_id} was frozen at version {known}, and is at {found} on shard {owner.shard}: training "
             f"went on, as this controller was not heard of at its gate for {LEASE_S:g} s, or a shard was started anew. "
-            "No checkpoint was taken, and nothing was changed; take it again",
+            "Nothing was taken of that moment, and nothing was changed; ask for it again",
             shard=owner.shard,
         )
     return Internal(
         f"table {owner.table_id} stands still at version {found} on shard {owner.shard}, and at {known} on its gate: "
-        "no checkpoint was taken. Nothing was changed; take it again",
+        "nothing was taken of that moment. Nothing was changed; ask for it again",
         shard=owner.shard,
     )

@@ -24,6 +24,8 @@ from mempool.types import ShardHost, TableView
 from mempool.types.running import Clock
 
 _FREEZE_MARGIN_S = 5.0
+_LETTING_GO_S = 2.0
+"""Tables whose moment is given up are waited for so long; else their freezes end by their lease."""
 
 Marking = Callable[[ShardHost, Owner, int], Awaitable[None]]
 """What an owner does at the moment: its host, which owner, the table's version."""
@@ -67,6 +69,13 @@ class Moments:
                 except TimeoutError:
                     event = Ticked()
                 actions = cut.handle(event, self.clock())
+        except asyncio.CancelledError:
+            left = [call for call in cut.abandon(self.clock()) if not isinstance(call, Ended)]
+            thaws = [asyncio.create_task(self._answered(call, token, marking, events)) for call in left]
+            calls.update(thaws)
+            if thaws:
+                await asyncio.wait(thaws, timeout=_LETTING_GO_S)
+            raise
         finally:
             for task in calls:
                 task.cancel()

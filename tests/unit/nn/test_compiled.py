@@ -26,7 +26,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def make_layer(**options: Any) -> MemoryLayer:
     torch.manual_seed(5)
-    return MemoryLayer(12, table=local_table(), heads=2, topk=3, key_dim=6, **options)
+    return MemoryLayer(12, table=local_table(), **({"heads": 2, "topk": 3, "key_dim": 6} | options))
 
 
 def result_of(layer: MemoryLayer, forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -43,7 +43,16 @@ def result_of(layer: MemoryLayer, forward: Callable[[Tensor], Tensor]) -> list[T
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "scores": "relu", "mem_gated": True, "gate": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qk_norm": True, "scores": "relu", "mem_gated": True, "gate": "none"},
+        {"ways": 3},
+        {"keys": "hierarchical", "groups": 9, "probes": 3},
+        {"score": "tucker", "key_dim": 8},
+    ],
+)
 def test_whole_graphs_equal_plain_ones(backend: str, options: dict[str, Any]) -> None:
     layer = make_layer(**options)
     plain = result_of(layer, layer)

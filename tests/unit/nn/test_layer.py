@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer
-from mempool.nn import layer as layer_module
+from mempool.nn.keys import finding
 from mempool.nn.scoring import product_topk
 from tests.agreement.reference import Reference, dense_parameters, leaf, relative_error
 
@@ -242,12 +242,6 @@ def test_senseless_sizes_are_refused(options: dict[str, object], message: str) -
         make_layer(**options)  # type: ignore[arg-type]
 
 
-def test_slots_that_are_no_square_are_refused_with_the_nearest_that_are() -> None:
-    table = local_table(num_slots=1_500, value_dim=2)
-    with pytest.raises(InvalidRequest, match=r"'facts' has 1_500 slots.*Nearest: 1_444 \(38\^2\) or 1_521 \(39\^2\)"):
-        MemoryLayer(8, table=table)
-
-
 def test_input_of_another_width_is_refused() -> None:
     layer = make_layer()
     for shape in ((3, 11), ()):
@@ -263,7 +257,7 @@ def test_the_order_of_sums_is_the_layers_choice(deterministic: bool, monkeypatch
         asked.append(options["deterministic"])
         return product_topk(*args, **options)
 
-    monkeypatch.setattr(layer_module, "product_topk", asking)
+    monkeypatch.setattr(finding, "product_topk", asking)
     make_layer(deterministic=deterministic)(torch.randn(3, 12))
     assert asked == [deterministic]
 

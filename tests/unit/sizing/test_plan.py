@@ -145,7 +145,6 @@ def test_the_papers_memory_on_a_thousand_shards() -> None:
 @pytest.mark.parametrize(
     ("given", "warned"),
     [
-        ({"table": {"num_slots": 1000}}, r"1,000 slots are no square: .* \(961 or 1,024\)"),
         ({}, "no times: they need a machine's constants"),
         ({"machine": MACHINE, "shards": 2, "host_gpus": 1}, "on cuda were not measured .* no bandwidth of a GPU is"),
         ({"machine": MACHINE, "shards": 2, "tokens_per_s": 1e9}, r"at most, not 1,000,000,000: \w+ takes most"),

@@ -1,0 +1,143 @@
+"""What a memory layer asks and finds: queries as they are scored, keys, the slots of each token.
+
+Shape legend: B bags (tokens), H heads, K top-k, D key dim.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mempool.client import Table
+from mempool.errors import InvalidRequest
+from mempool.nn.choice import Scores, weights_of
+from mempool.nn.keys.hierarchical import HierarchicalKeys
+from mempool.nn.keys.options import KeyOptions
+from mempool.nn.keys.tucker import TuckerKeys
+from mempool.nn.scoring import product_topk, unit_rms
+from mempool.nn.values import KeyLink
+
+
+class FindsSlots(nn.Module):
+    """A memory layer up to its look-up. Its attributes are ``MemoryLayer``'s."""
+
+    table: Table
+    query: nn.Module
+    half_keys: nn.Parameter | None
+    search: nn.Module | None
+    pool_keys: nn.Parameter | None
+    heads: int
+    topk: int
+    key_dim: int
+    ways: int
+    codebook_size: int
+    scores: Scores
+    query_dropout: float
+    qk_norm: bool
+    query_norm: bool
+    key_init_std: float
+    deterministic: bool
+    _key_link: KeyLink | None
+
+    def _make_keys(self, options: KeyOptions, made: dict[str, Any]) -> None:
+        """Parameters of keys, not drawn yet.
+
+        Args:
+            made: Their device and dtype.
+
+        Raises:
+            InvalidRequest: Groups or probes that do not fit the table or top-k.
+        """
+        self.search = options.module(self.table.num_slots, topk=self.topk, qk_norm=self.qk_norm, made=made)
+        self.half_keys = nn.Parameter(torch.empty(options.shape, **made)) if options.kind == "product" else None
+
+    @property
+    def keys(self) -> Tensor:
+        """``half_keys``; where the layer has none, ``scoring_keys()``."""
+        return self.scoring_keys() if self.half_keys is None else self.half_keys
+
+    def reset_parameters(self) -> None:
+        """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
+        if isinstance(self.search, (HierarchicalKeys, TuckerKeys)):
+            self.search.draw(self.key_init_std)
+        elif self.half_keys is not None:
+            nn.init.normal_(self.half_keys, std=self.key_init_std)
+
+    def scoring_queries(self, x: Tensor) -> Tensor:
+        """The queries as they are scored, norms and scale included.
+
+        ``table.lookup(layer.scoring_queries(x), topk=layer.topk)`` on a table that was given ``layer.scoring_keys()``
+        (``Table.write_keys``) finds what this layer finds, with product keys of two ways and ``score="sum"``.
+
+        Args:
+            x: [..., dim].
+
+        Returns:
+            [..., heads, key_dim] float32.
+        """
+        queries: Tensor = self.query(x)
+        if queries.shape != (*x.shape[:-1], self.heads * self.key_dim):
+            raise InvalidRequest(
+                f"query answered {list(queries.shape)} for {list(x.shape)}; its last dimension must be"
+                f" heads * key_dim = {self.heads * self.key_dim}"
+            )
+        if self.query_dropout:
+            queries = F.dropout(queries, self.query_dropout, self.training)
+        queries = queries.float().reshape(*x.shape[:-1], self.heads, self.key_dim)
+        if self.qk_norm:
+            parts = [unit_rms(part) for part in queries.chunk(self.ways, dim=-1)]
+            return torch.cat(parts, dim=-1) / math.sqrt(self.key_dim)
+        return unit_rms(queries) if self.query_norm else queries
+
+    def scoring_keys(self) -> Tensor:
+        """The keys as they are scored, float32, normalised with qk_norm.
+
+        Half-keys [heads, ways, n, key_dim / ways]; of hierarchical keys, each with its group's added, and of flat keys
+        in the pool [slots, key_dim].
+        """
+        if isinstance(self.search, HierarchicalKeys):
+            return self.search.flat()
+        if isinstance(self.search, TuckerKeys):
+            return self.search.scored_keys()
+        if self.half_keys is None:
+            return self.table.read_keys()
+        keys = self.half_keys.float()
+        return unit_rms(keys) if self.qk_norm else keys
+
+    def recall(self, x: Tensor) -> float:
+        """The part of the true top-k that is found for some tokens, from 0 to 1, with the keys as they are.
+
+        Of a search that is greedy (hierarchical keys, Tucker scores) it scores every slot for each token: give it some
+        tens of tokens. Any other finds all.
+
+        Args:
+            x: [..., dim].
+        """
+        if not isinstance(self.search, (HierarchicalKeys, TuckerKeys)):
+            return 1.0
+        with torch.no_grad():
+            queries = self.scoring_queries(x).reshape(-1, self.heads, self.key_dim)
+            with torch.autocast(queries.device.type, enabled=False):
+                _, found = self.search(queries, self.topk)
+                true = self.search.exact(queries, self.topk)
+        return float((found[..., :, None] == true[..., None, :]).any(-1).double().mean())
+
+    def _chosen(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast."""
+        queries = queries.reshape(-1, self.heads, self.key_dim)
+        if self._key_link is not None:
+            ids_BHK, scores_BHK = self._key_link.chosen(queries, self.topk, anchor=self.pool_keys)
+        elif self.search is not None:
+            scores_BHK, ids_BHK = self.search(queries, self.topk, deterministic=self.deterministic)
+        else:
+            scores_BHK, ids_BHK = product_topk(
+                queries,
+                self.scoring_keys(),
+                topk=self.topk,
+                stride=self.codebook_size,
+                deterministic=self.deterministic,
+                num_slots=self.table.num_slots,
+            )
+        return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)

@@ -1,0 +1,203 @@
+"""Keys in groups: a query picks groups by their keys, and slots of those groups by their own.
+
+Shape legend: B bags, H heads, K top-k, D key dim, G groups, N slots, g groups of a query ("probes"), M = B * H.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mempool.errors import InvalidRequest
+from mempool.nn.keys.dots import dots_gradient
+from mempool.nn.keys.product import alias, best_keys, some_of
+from mempool.nn.scoring import unit_rms
+
+_CHUNK_SLOTS = 1 << 18
+
+
+class HierarchicalKeys(nn.Module):
+    """One key a slot and one a group, which all heads share. With q the query of a token's head::
+
+        score(slot) = <q, group_keys[group of slot]> + <q, slot_keys[slot]>
+
+    The search is greedy: the ``probes`` best groups, the best slots in those. The score of its group is in a slot's, so
+    that whatever trains the scores trains the choice of groups. Of equal scores the lowest id is chosen.
+
+    Attributes:
+        group_keys: Parameter [groups, key_dim].
+        slot_keys: Parameter [slots, key_dim]; slots ``g * group_size`` to ``(g + 1) * group_size`` are of group g. Its
+            gradient is dense: memory for it is as much again.
+        group_size: Slots of a group; the last one may have fewer.
+        probes: Groups that a query looks into.
+
+    Args:
+        num_slots, key_dim: Sizes.
+        groups: None: as many as cost as much to score as the slots of ``probes`` groups, sqrt(probes * slots).
+        probes: None: 8, or as many groups as there are.
+        topk: Slots that will be asked for.
+        qk_norm: Normalise all keys to a root mean square of 1.
+        made: device and dtype of the parameters.
+
+    Raises:
+        InvalidRequest: Sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        key_dim: int,
+        *,
+        groups: int | None,
+        probes: int | None,
+        topk: int,
+        qk_norm: bool,
+        made: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.group_size = _group_size(num_slots, groups, probes)
+        num_groups = -(-num_slots // self.group_size)
+        self.probes = min(8, num_groups) if probes is None else probes
+        if self.probes > num_groups:
+            raise InvalidRequest(f"probes = {probes}, and there are {num_groups} groups: give at most that")
+        fewest = (self.probes - 1) * self.group_size + num_slots - (num_groups - 1) * self.group_size
+        if topk > fewest:
+            raise InvalidRequest(
+                f"topk = {topk}, and the {self.probes} groups that a query picks (probes) may have no more than"
+                f" {fewest} slots: give more probes, fewer groups, or a smaller topk"
+            )
+        self.qk_norm = qk_norm
+        self.group_keys = nn.Parameter(torch.empty(num_groups, key_dim, **made))
+        self.slot_keys = nn.Parameter(torch.empty(num_slots, key_dim, **made))
+
+    def draw(self, std: float) -> None:
+        """New keys, N(0, std^2)."""
+        for keys in self.parameters():
+            nn.init.normal_(keys, std=std)
+
+    def scored_keys(self) -> tuple[Tensor, Tensor]:
+        """Keys of groups and of slots as they are scored, float32."""
+        group_keys, slot_keys = self.group_keys.float(), self.slot_keys.float()
+        return (unit_rms(group_keys), unit_rms(slot_keys)) if self.qk_norm else (group_keys, slot_keys)
+
+    def flat(self) -> Tensor:
+        """The key of each slot with its group's added, [slots, key_dim] float32: flat keys with the same scores."""
+        group_keys, slot_keys = self.scored_keys()
+        return slot_keys + group_keys.repeat_interleave(self.group_size, dim=0)[: slot_keys.shape[0]]
+
+    def forward(self, queries_BHD: Tensor, topk: int, *, deterministic: bool = True) -> tuple[Tensor, Tensor]:
+        """Scores [B, H, topk] float32, differentiable in queries and all keys, and slot ids int64; best first."""
+        group_keys, slot_keys = self.scored_keys()
+        scores, ids = torch.ops.mempool.hierarchical_topk(
+            queries_BHD.flatten(0, 1), group_keys, slot_keys, self.group_size, self.probes, topk, deterministic
+        )
+        shape = (*queries_BHD.shape[:2], topk)
+        return scores.view(shape), ids.view(shape)
+
+    @torch.no_grad()
+    def exact(self, queries_BHD: Tensor, topk: int) -> Tensor:
+        """Ids [B, H, topk] of the best of all slots, each of them scored; best first."""
+        from mempool.kernels import select_topk
+
+        group_keys, slot_keys = self.scored_keys()
+        queries = queries_BHD.flatten(0, 1)
+        scores = queries.new_empty(queries.shape[0], 0)
+        ids = scores.to(torch.int64)
+        chunk = max(1, _CHUNK_SLOTS // self.group_size) * self.group_size
+        for first in range(0, slot_keys.shape[0], chunk):
+            some = slot_keys[first : first + chunk]
+            groups = torch.arange(first, first + some.shape[0], device=some.device) // self.group_size
+            found, own = best_keys(queries, some + group_keys[groups], min(topk, some.shape[0]), deterministic=True)
+            scores, ids = torch.cat([scores, found], dim=1), torch.cat([ids, some_of(own) + first], dim=1)
+            scores, places = select_topk(scores, min(topk, scores.shape[1]))
+            ids = ids.gather(1, places)
+        return ids.view(*queries_BHD.shape[:2], topk)
+
+    def extra_repr(self) -> str:
+        return f"{self.group_keys.shape[0]} groups x {self.group_size} slots, probes={self.probes}"
+
+
+def _group_size(num_slots: int, groups: int | None, probes: int | None) -> int:
+    """Slots of a group; raises InvalidRequest where so many groups leave some without a slot."""
+    wanted = round(math.sqrt((8 if probes is None else probes) * num_slots)) if groups is None else groups
+    size = -(-num_slots // min(wanted, num_slots))
+    fitting = -(-num_slots // size)
+    if groups is not None and fitting != groups:
+        fewer = f"{fitting:_} (of {size:_})"
+        more = f" or {-(-num_slots // (size - 1)):_} (of {size - 1:_})" if size > 1 else ""
+        raise InvalidRequest(
+            f"groups = {groups:_} of equally many of {num_slots:_} slots leaves groups empty: give {fewer}{more}"
+        )
+    return size
+
+
+def _choice(
+    queries: Tensor, group_keys: Tensor, slot_keys: Tensor, group_size: int, probes: int, topk: int, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """Scores and ids [M, topk]; ties go by id, as lists are put in the order of ids before winners are taken."""
+    from mempool.kernels import select_topk
+
+    num_queries = queries.shape[0]
+    scores, picked = best_keys(queries, group_keys, probes, deterministic=deterministic)
+    picked, order = some_of(picked).sort(dim=1)
+    scores = scores.gather(1, order)
+    room = min(topk, group_size)
+    by_group, order = picked.flatten().sort(stable=True)
+    groups, counts = torch.unique_consecutive(by_group, return_counts=True)
+    # All queries that picked a group come to its keys together.
+    sorted_queries = queries[order // probes]
+    found = queries.new_empty(picked.numel(), room)
+    slots = torch.empty_like(found, dtype=torch.int64)
+    first = 0
+    for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+        part = slice(first, first + count)
+        own = slot_keys[group * group_size : (group + 1) * group_size]
+        found[part], slots[part] = best_keys(sorted_queries[part], own, room, deterministic=deterministic)
+        first += count
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    found, slots = found[back], slots[back]
+    ids, order = torch.where(slots < 0, -1, slots + picked.view(-1, 1) * group_size).sort(dim=1)
+    sums = found.gather(1, order) + scores.view(-1, 1)
+    best, places = select_topk(sums.view(num_queries, probes * room), topk)
+    return best, some_of(ids.view(num_queries, probes * room).gather(1, places))
+
+
+@torch.library.custom_op("mempool::hierarchical_topk", mutates_args=())
+def _topk_op(
+    queries: Tensor, group_keys: Tensor, slot_keys: Tensor, group_size: int, probes: int, topk: int, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(queries.device.type, enabled=False):
+        return _choice(queries, alias(group_keys), alias(slot_keys), group_size, probes, topk, deterministic)
+
+
+@_topk_op.register_fake
+def _(
+    queries: Tensor,
+    group_keys: Tensor,  # noqa: ARG001
+    slot_keys: Tensor,  # noqa: ARG001
+    group_size: int,  # noqa: ARG001
+    probes: int,  # noqa: ARG001
+    topk: int,
+    deterministic: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], topk)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.group_size = inputs[3]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grads: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    queries, group_keys, slot_keys, ids = ctx.saved_tensors
+    with torch.autocast(grads.device.type, enabled=False):
+        of_slots, slot_grads = dots_gradient(queries, slot_keys, ids, grads)
+        of_groups, group_grads = dots_gradient(queries, group_keys, ids // ctx.group_size, grads)
+    return of_slots + of_groups, group_grads, slot_grads, None, None, None, None
+
+
+_topk_op.register_autograd(_backward, setup_context=_set_up)

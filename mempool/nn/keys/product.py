@@ -1,0 +1,219 @@
+"""The best slots by product keys of two or more parts, of a number of slots that need not be a power.
+
+Parts are scored by the kernels in pairs (one alone by that of flat keys), and lists of winners are merged. Sums are
+monotone, so that of each list its k best are enough: the answer is the true top-k.
+
+Shape legend: B bags, H heads, K top-k, P parts ("ways"), N half-keys of a codebook, d width of a part, M = B * H.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Sums of pairs of winners held at once.
+_CHUNK_SUMS = 1 << 22
+
+Range = tuple[int, int]
+"""First half-key, and the one after the last."""
+
+
+class Found(NamedTuple):
+    """Winners of some parts, or of all.
+
+    Attributes:
+        scores: [B, H, K] float32.
+        parts: Of each part the half-keys, [B, H, K] int64.
+    """
+
+    scores: Tensor
+    parts: tuple[Tensor, ...]
+
+
+def best_slots(queries_BHD: Tensor, keys_HPNd: Tensor, topk: int, num_slots: int, *, deterministic: bool) -> Found:
+    """The top-k of the slots below ``num_slots``, by (score descending, id ascending). No gradients.
+
+    Args:
+        queries_BHD: [B, H, P * d] float32.
+        keys_HPNd: [H, P, N, d] float32.
+        topk: At most ``num_slots``.
+        num_slots: At most N ** P. Slot ``((i1 * N) + i2) * N + ...`` is of the half-keys i1, i2, ...
+        deterministic: As in ``mempool.kernels.product_topk``.
+    """
+    ways, size = keys_HPNd.shape[1:3]
+    queries, keys = queries_BHD.detach(), alias(keys_HPNd)
+    with torch.autocast(queries.device.type, enabled=False):
+        if ways == 2 and num_slots == size**2:
+            return _pair(queries, keys, topk, deterministic)
+        found = [_best_in(box, queries, keys, topk, deterministic) for box in boxes(num_slots, size, ways)]
+        return best_of(found, topk, size)
+
+
+def gradients(
+    queries_BHD: Tensor, keys_HPNd: Tensor, index: tuple[Tensor, ...], grads_BHK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores of chosen half-keys, of the shapes of queries and keys, float32; in a fixed order."""
+    from mempool.kernels import product_gradient
+
+    ways, _, width = keys_HPNd.shape[1:]
+    queries, keys = queries_BHD.detach(), alias(keys_HPNd)
+    # A backward pass inside an autocast region would make products in bfloat16.
+    with torch.autocast(grads_BHK.device.type, enabled=False):
+        if ways == 2:
+            return product_gradient(queries, keys, index[0], index[1], grads_BHK)
+        of_queries, of_keys = torch.empty_like(queries), torch.empty_like(keys)
+        for first in range(0, ways, 2):
+            # The last one of an odd number makes a pair with the one before, whose gradient comes out once more.
+            pair = slice(first, first + 2) if first + 2 <= ways else slice(first - 1, first + 1)
+            columns = slice(pair.start * width, pair.stop * width)
+            index1, index2 = index[pair]
+            of_queries[..., columns], of_keys[:, pair] = product_gradient(
+                queries[..., columns].contiguous(), keys[:, pair].contiguous(), index1, index2, grads_BHK
+            )
+        return of_queries, of_keys
+
+
+def alias(parameter: Tensor) -> Tensor:
+    """The same memory as another tensor: torch never resizes a storage again that was seen by numpy, as FSDP must."""
+    detached = parameter.detach()
+    return torch.utils.dlpack.from_dlpack(detached) if detached.device.type == "cpu" else detached
+
+
+def boxes(num_slots: int, size: int, ways: int) -> list[tuple[Range, ...]]:
+    """The slots below ``num_slots`` as boxes of half-keys, by rising ids.
+
+    Those with a whole first half-key, then in its last row those with a whole second one, and so on: digits of
+    ``num_slots`` to the base ``size``. One box where all is there.
+    """
+    found: list[tuple[Range, ...]] = []
+    fixed: list[Range] = []
+    left = num_slots
+    for way in range(ways):
+        worth = size ** (ways - 1 - way)
+        whole, left = divmod(left, worth)
+        if whole:
+            found.append((*fixed, (0, whole), *[(0, size)] * (ways - 1 - way)))
+        if not left:
+            break
+        fixed.append((whole, whole + 1))
+    return found
+
+
+def best_of(found: list[Found], topk: int, size: int) -> Found:
+    """The best of boxes that come by rising ids."""
+    from mempool.kernels import select_topk
+
+    if len(found) == 1:
+        return found[0]
+    ordered = [_by_id(each, size) for each in found]
+    scores = torch.cat([each.scores for each in ordered], dim=-1)
+    every = tuple(torch.cat(parts, dim=-1) for parts in zip(*(each.parts for each in ordered), strict=True))
+    best, places = select_topk(scores.flatten(0, -2), topk)
+    places = places.view(*scores.shape[:-1], topk)
+    return Found(best.view(places.shape), tuple(each.gather(-1, places) for each in every))
+
+
+def slot_ids(index: tuple[Tensor, ...], stride: int) -> Tensor:
+    """Slots of half-keys: each part counts for ``stride`` of the next."""
+    ids = index[0]
+    for each in index[1:]:
+        ids = ids * stride + each
+    return ids
+
+
+def best_keys(queries_BD: Tensor, keys_ND: Tensor, topk: int, *, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """The best of some keys: scores [B, topk] float32 and their numbers int64, best first, by the kernel of flat keys.
+
+    It has NaN for no candidate. Such places, and those beyond the last key, get the number -1 and NaN here.
+    """
+    from mempool.kernels import Paged, flat_topk
+
+    num_keys = keys_ND.shape[0]
+    page = torch.zeros(1, dtype=torch.int32, device=keys_ND.device)
+    paged = Paged(keys_ND.contiguous(), page, max(1, num_keys - 1).bit_length())
+    scores, ids = flat_topk(queries_BD.contiguous(), paged, topk, num_keys, deterministic=deterministic)
+    return scores.masked_fill(ids < 0, torch.nan), ids
+
+
+def some_of(ids: Tensor) -> Tensor:
+    """Ids with those that are missing (-1), where scores are NaN, filled up by the first ones: any slot that exists."""
+    return torch.where(ids < 0, torch.arange(ids.shape[-1], device=ids.device), ids)
+
+
+def _pair(queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
+    """[B, H, 2 * d] against whole codebooks [H, 2, N, d]."""
+    # Imported here so that importing mempool.nn does not load the kernels.
+    from mempool.kernels import SCORING, make_ready, product_indices
+
+    if queries.device.type == "cpu":
+        make_ready(SCORING)  # once: with its gradient, on all cores where it has to be compiled
+    scores, index1, index2 = product_indices(queries, keys, topk, deterministic=deterministic)
+    return Found(scores, (index1, index2))
+
+
+def _best_in(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
+    """The k best of a box, or as many as it has."""
+    size, width = keys.shape[2:]
+    lists, first = [], 0
+    while first < len(box):
+        # Where the first codebook of a pair is cut, what is cut off is NaN, which never wins over a number: it needs
+        # as many numbers as are taken of a codebook.
+        paired = box[first + 1 : first + 2] == ((0, size),) and box[first][0] == 0
+        paired = paired and box[first][1] >= min(topk, size)
+        parts = slice(first, first + 1 + paired)
+        own, codebooks = queries[..., parts.start * width : parts.stop * width], keys[:, parts]
+        if paired:
+            end = box[first][1]
+            if end < size:
+                codebooks = codebooks.clone()
+                codebooks[:, 0, end:] = torch.nan
+            lists.append(_pair(own.contiguous(), codebooks.contiguous(), min(topk, end * size), deterministic))
+        else:
+            lists.append(_part(own, codebooks[:, 0], box[first], topk, deterministic))
+        first = parts.stop
+    found = lists[0]
+    for other in lists[1:]:
+        found = _best_sums(_by_id(found, size), _by_id(other, size), topk)
+    return found
+
+
+def _part(queries: Tensor, keys_HNd: Tensor, range_: Range, topk: int, deterministic: bool) -> Found:
+    """The best of one part alone."""
+    first, end = range_
+    k = min(topk, end - first)
+    found = [
+        best_keys(queries[:, head], keys_HNd[head, first:end], k, deterministic=deterministic)
+        for head in range(keys_HNd.shape[0])
+    ]
+    scores, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+    return Found(scores, (some_of(index) + first,))
+
+
+def _by_id(found: Found, size: int) -> Found:
+    order = slot_ids(found.parts, size).argsort(dim=-1)
+    return _taken(found, order)
+
+
+def _taken(found: Found, places: Tensor) -> Found:
+    return Found(found.scores.gather(-1, places), tuple(each.gather(-1, places) for each in found.parts))
+
+
+def _best_sums(left: Found, right: Found, topk: int) -> Found:
+    """The best sums of winners of some parts and of those after them, both by id, so that ties go by id."""
+    from mempool.kernels import product_select, select_topk
+
+    shape, width = left.scores.shape[:-1], right.scores.shape[-1]
+    lefts, rights = left.scores.flatten(0, -2), right.scores.flatten(0, -2)
+    k = min(topk, lefts.shape[-1] * width)
+    if lefts.shape[-1] == width:
+        place1, place2 = (each.view(*shape, k) for each in product_select(lefts, rights, k, width))
+    else:
+        places = lefts.new_empty(lefts.shape[0], k, dtype=torch.int64)
+        chunk = max(1, _CHUNK_SUMS // (lefts.shape[-1] * width))
+        for first in range(0, lefts.shape[0], chunk):
+            part = slice(first, first + chunk)
+            places[part] = select_topk((lefts[part, :, None] + rights[part, None, :]).flatten(1), k)[1]
+        places = places.view(*shape, k)
+        place1, place2 = places // width, places % width
+    lefts_best, rights_best = _taken(left, place1), _taken(right, place2)
+    return Found(lefts_best.scores + rights_best.scores, (*lefts_best.parts, *rights_best.parts))

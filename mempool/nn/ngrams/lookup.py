@@ -1,0 +1,409 @@
+"""NgramLookup: the rows of every token's n-grams, fetched once for as many layers as read them.
+
+Which slots: ``hashing``. What is made of the rows: ``memory``. Legend: B batch, T tokens, S rows of a token, R real
+tokens, U rows asked for, V value dim.
+"""
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mempool.client import Table
+from mempool.client.gathers.autograd import gather, refuse_export
+from mempool.client.gathers.untraced import untraced
+from mempool.errors import InvalidRequest
+from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
+from mempool.nn.ngrams.hashing import Multipliers, NgramHash, checked_multipliers
+from mempool.nn.ngrams.packing import Packing, Places, places_of
+from mempool.nn.ngrams.sizes import LR_FACTOR, Ngrams
+from mempool.nn.sizes import checked_int, checked_table
+from mempool.nn.values import LayerLink, follows, values_parameter
+
+_VERSION = "table_version"
+_OF_THIS_ONE = ("_link", "_copied", "_ahead")
+"""What a copy has of its own."""
+_MAX_AHEAD = 255
+"""Prefetched and not taken, besides the newest: their answers are bounded by the table's."""
+_WORTH = 0.75
+"""Each slot travels once where those are at most so many of all: to lay the rows out again costs a copy of them, which
+takes a processor about as long as a fifth of them takes to read."""
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NgramRows:
+    """What ``NgramLookup`` answers, for layers.
+
+    Attributes:
+        values: [..., T, orders * heads * value_dim] float32, heads of the first order first; zeros of padding.
+        positions: [..., T] int64: of each token within its sequence; 0 of padding.
+        real: [..., T] bool, False for padding; None: there is none.
+    """
+
+    values: Tensor
+    positions: Tensor
+    real: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """Attributes:
+    ids: [U, 1], distinct; or of all R * S, where nearly all are.
+    order: [R * S]: which of the rows each is; None: as they come.
+    tokens: [B, T] int64 on the CPU, 0 for padding.
+    commits: Of this client's steps, when it was made.
+    """
+
+    ids: Tensor
+    order: Tensor | None
+    tokens: Tensor
+    places: Places
+    commits: int
+
+    def of(self, tokens: Tensor, places: Places) -> bool:
+        """Whether it is what these ask for."""
+        mine, real = self.places, places.real
+        same_real = mine.real is real or (mine.real is not None and real is not None and torch.equal(mine.real, real))
+        return same_real and torch.equal(self.tokens, tokens) and torch.equal(mine.positions, places.positions)
+
+
+class NgramLookup(nn.Module):
+    """Tokens in, rows of their hashed n-grams out: what one or several ``NgramMemory`` read of a table.
+
+    The life of a call: [TRAINER] canonical ids, hashes, each slot once where many repeat -> [SHARD] rows -> [TRAINER]
+    side by side. The backward sends one gradient for each row that was fetched, and shards hold it until
+    ``PoolOptimizer.step``. An n-gram never reaches over its sequence's begin: before it there is a pad. Padding gets no
+    rows, and no gradient.
+
+    Slots depend on tokens alone, so they can be fetched early (``prefetch``).
+
+    ``state_dict`` holds what slots depend on: "multipliers", "primes", "pad" and, where there is one, "canonical"; a
+    state of other primes is refused, as its slots are others. They stay on the CPU wherever the model goes, where
+    tokens are hashed. ``values`` stands for the table's values, to freeze and to zero them by; copies share the table,
+    and a state knows the table's version: all as of ``MemoryLayer``. A graph break under ``torch.compile``;
+    ``torch.export`` is refused.
+
+    Attributes:
+        table: The table, shared by reference.
+        ngrams: Orders, heads, primes.
+        vocab_size: Tokens are from 0 to this less 1.
+        width: Of a token's rows side by side: orders * heads * value_dim.
+        multipliers, primes: Of the hashes: [1, 1, N] or [orders, heads, N], and [orders, heads], int64 on the CPU.
+        canonical: [vocab_size] int64 on the CPU, or None.
+        lr_factor: What ``PoolOptimizer(model, lr=...)`` multiplies the learning rate with for the table.
+        values: Parameter [1].
+
+    Args:
+        table: A table of exactly ``ngrams.num_slots`` slots (``ngrams.table_config``).
+        ngrams: Orders, heads, primes.
+        vocab_size: Number of tokens; None: that of ``canonical``.
+        canonical: [vocab_size] integers of at least 0: tokens of one id are one to an n-gram (``canonical_ids``). None:
+            each token is itself.
+        pad_id: The token that is before a sequence's begin, as in the released code. None: one that is no token.
+        seed: Of the hashes; None: the table's, so that all who read it hash alike.
+        multipliers: "shared", as in the released code: heads of a token's n-gram have one product-XOR of it, and differ
+            by their primes; "per_head": each has multipliers of its own.
+        device, dtype: Of ``values``.
+
+    Raises:
+        InvalidRequest: The table has another number of slots, or an argument makes no sense.
+    """
+
+    values: nn.Parameter
+
+    def __init__(
+        self,
+        table: Table,
+        ngrams: Ngrams,
+        *,
+        vocab_size: int | None = None,
+        canonical: Tensor | None = None,
+        pad_id: int | None = None,
+        seed: int | None = None,
+        multipliers: Multipliers = "shared",
+        lr_factor: float = LR_FACTOR,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        schema = checked_table(table).schema
+        _require_fitting(table, ngrams)
+        self.canonical = _checked_canonical(canonical)
+        if vocab_size is None and self.canonical is None:
+            raise InvalidRequest("vocab_size is needed where there is no canonical map that tells it")
+        count = len(self.canonical) if self.canonical is not None else 0
+        self.vocab_size = count if vocab_size is None else checked_int("vocab_size", vocab_size)
+        if self.canonical is not None and count != self.vocab_size:
+            raise InvalidRequest(f"canonical has {count} ids for a vocabulary of {self.vocab_size}; give one for each")
+        if not 0.0 < lr_factor < float("inf"):
+            raise InvalidRequest(f"lr_factor = {lr_factor!r} must be a number above 0")
+        num_ids = self.vocab_size if self.canonical is None else int(self.canonical.max()) + 1
+        self.table = table
+        self.ngrams = ngrams
+        self.lr_factor = lr_factor
+        self.width = ngrams.columns * schema.value_dim
+        self._hash = NgramHash(
+            ngrams,
+            num_ids=num_ids,
+            pad=num_ids if pad_id is None else self._canonical_of(pad_id),
+            seed=schema.seed if seed is None else checked_int("seed", seed, at_least=0),
+            multipliers=checked_multipliers(multipliers),
+        )
+        self.values = values_parameter(device=device, dtype=dtype)
+        self._link = LayerLink(table, self.values)
+        self._copied: CopyCaution | None = None
+        self._ahead: list[_Asked] = []  # prefetched and not taken
+        self._late_told = False
+
+    @property
+    def multipliers(self) -> Tensor:
+        return self._hash.multipliers
+
+    @property
+    def primes(self) -> Tensor:
+        return self._hash.primes
+
+    @untraced
+    def slots(self, tokens: Tensor, **packing: Unpack[Packing]) -> Tensor:
+        """The slots of every token's n-grams: [..., T] -> [..., T, orders * heads] int64 on the CPU.
+
+        Of padding they mean nothing. Arguments and errors as of a call.
+        """
+        places = places_of(_checked_tokens(tokens), **packing)
+        return self._hashed(self._checked(tokens, places), places).view(*tokens.shape, self.ngrams.columns)
+
+    @untraced
+    def forward(self, tokens: Tensor, **packing: Unpack[Packing]) -> NgramRows:
+        """The rows of every token's n-grams, differentiable in the table's values.
+
+        Args:
+            tokens: [..., T] integers, on any device; on the CPU nothing waits for a GPU.
+            packing: ``segment_ids``, ``positions``, ``cu_seqlens``, ``mask``: as of ``Packing``. None: each row of
+                tokens is one sequence.
+
+        Returns:
+            Rows on the device of the tokens.
+
+        Raises:
+            InvalidRequest: A token out of the vocabulary, or packing that makes no sense; nothing was sent.
+            MempoolError: What the table's gather raises.
+        """
+        refuse_export(self.table.name)
+        if self._copied is not None:
+            self._copied.before_call(self)
+        asked = self._asked(tokens, packing, take=True)
+        rows = gather(
+            self._link,
+            asked.ids,
+            anchor=self.values,
+            trained=self.values.requires_grad and self.table.requires_grad,
+            remember=self.training,
+        ).to(tokens.device)
+        if asked.order is not None:
+            rows = F.embedding(asked.order.to(tokens.device), rows)
+        rows = rows.reshape(-1, self.width)
+        real = asked.places.real
+        if real is not None:
+            where = torch.nonzero(real.reshape(-1)).reshape(-1).to(tokens.device)
+            rows = rows.new_zeros(tokens.numel(), self.width).index_copy(0, where, rows)
+        positions = asked.places.positions.view(tokens.shape).to(tokens.device)
+        return NgramRows(
+            rows.view(*tokens.shape, self.width),
+            positions,
+            None if real is None else real.view(tokens.shape).to(tokens.device),
+        )
+
+    @untraced
+    def prefetch(self, tokens: Tensor, **packing: Unpack[Packing]) -> bool:
+        """Start reading the rows of ``tokens``: a later call with the same tokens and packing takes them.
+
+        Bitwise the same rows as without, so it counts between two commits alone: start all micro-batches of a step
+        after the step before. What a commit made old is asked for anew by the call, which warns once.
+
+        Returns:
+            Whether it was started (``Table.prefetch``).
+
+        Raises:
+            InvalidRequest: As a call.
+        """
+        asked = self._asked(tokens, packing)
+        started = self.table.prefetch(asked.ids, remember=self.training)
+        self._ahead = [each for each in self._ahead if each.commits == asked.commits][-_MAX_AHEAD:]
+        if started:
+            self._ahead.append(asked)
+        return started
+
+    def _asked(self, tokens: Tensor, packing: Packing, *, take: bool = False) -> _Asked:
+        """What is to be fetched; with ``take`` what was prefetched for the same, once, where no step made it old."""
+        places = places_of(_checked_tokens(tokens), **packing)
+        here = self._checked(tokens, places)
+        commits = self.table.link.session.commits
+        ahead = next((each for each in self._ahead if each.of(here, places)), None) if take else None
+        if ahead is not None:
+            self._ahead.remove(ahead)
+            if ahead.commits != commits:
+                self._tell_late()
+            return ahead
+        slots = self._hashed(here, places)
+        if places.real is not None:
+            slots = slots[places.real]
+        flat = slots.reshape(-1)
+        distinct, order = torch.unique(flat, return_inverse=True)
+        if distinct.numel() > _WORTH * flat.numel():
+            return _Asked(flat.view(-1, 1), None, here, places, commits)
+        return _Asked(distinct.view(-1, 1), order, here, places, commits)
+
+    def _tell_late(self) -> None:
+        if not self._late_told:
+            self._late_told = True
+            warnings.warn(
+                f"rows of table {self.table.name!r} were prefetched before a step and are read after it: they are asked"
+                " for again, and the prefetch was in vain. Prefetch after step()",
+                stacklevel=5,
+            )
+
+    def _checked(self, tokens: Tensor, places: Places) -> Tensor:
+        """[B, T] int64 on the CPU, 0 for padding; not the caller's."""
+        here = tokens.detach().to("cpu", torch.int64, copy=True).view(places.positions.shape)
+        if places.real is not None:
+            here.masked_fill_(~places.real, 0)
+        outside = (here < 0) | (here >= self.vocab_size)
+        if bool(outside.any()):
+            at = torch.nonzero(outside.view(tokens.shape))[0].tolist()
+            raise InvalidRequest(
+                f"tokens{at} = {int(here.view(tokens.shape)[tuple(at)])} is outside the vocabulary of"
+                f" {self.vocab_size} (0 to {self.vocab_size - 1}) of table {self.table.name!r}'s n-grams; padding is"
+                " said by mask"
+            )
+        return here
+
+    def _hashed(self, tokens: Tensor, places: Places) -> Tensor:
+        """[B, T] checked -> slots [B, T, S]."""
+        return self._hash.slots(tokens if self.canonical is None else self.canonical[tokens], places)
+
+    def _canonical_of(self, pad_id: object) -> int:
+        pad = checked_int("pad_id", pad_id, at_least=0)
+        if pad >= self.vocab_size:
+            raise InvalidRequest(f"pad_id = {pad} is outside the vocabulary of {self.vocab_size}")
+        return pad if self.canonical is None else int(self.canonical[pad])
+
+    def extra_repr(self) -> str:
+        return (
+            f"table={self.table.name!r}, orders={tuple(self.ngrams.orders)}, heads={self.ngrams.heads},"
+            f" vocab_size={self.vocab_size}"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "values" and "_link" in self.__dict__:
+            self.follow_values()
+
+    def use_table(self, table: Table) -> None:
+        """Look up in this one from now on: the own one at a version, or the own one again."""
+        before = self._link
+        self.table, self._link = table, LayerLink(table, self.values)
+        before.end()
+
+    def follow_values(self) -> None:
+        """Another parameter may have come in the place of ``values``, as by ``fully_shard``, or into it."""
+        if follows(self._link, self.values):
+            self._link.end()
+            self._link = LayerLink(self.table, self.values)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.follow_values()
+        return self
+
+    def _hashing(self) -> dict[str, Tensor]:
+        parts = {"multipliers": self.multipliers, "primes": self.primes, "pad": self._hash.pad}
+        return parts if self.canonical is None else {**parts, "canonical": self.canonical}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "values", None)
+        destination.update({prefix + name: part for name, part in self._hashing().items()})
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[_VERSION] = VersionWhenCopied(self.table)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        found = {name: state_dict.pop(prefix + name, None) for name in self._hashing()}
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += [name for name in missing if name != prefix + "values"]
+        missing_keys += [prefix + name for name, part in found.items() if part is None]
+        parts = [(name, part, own) for (name, own) in self._hashing().items() if (part := found[name]) is not None]
+        for name, part, own in parts:
+            if part.shape != own.shape or (name == "primes" and not torch.equal(part.cpu(), own)):
+                error_msgs.append(
+                    f"{prefix}{name} is of other n-grams (orders, heads, slots, vocabulary) than this lookup in table"
+                    f" {self.table.name!r}: its rows would be others. Make NgramLookup as it was when it was saved"
+                )
+                return
+        if len(parts) == len(found):  # a part of a hash is none
+            for _, part, own in parts:
+                own.copy_(part)
+            self._ahead = []
+        self.table.link.expect(copied_version(local_metadata.get(_VERSION)), whose="a model")
+
+    def __copy__(self) -> Self:
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__, _ahead=[])
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        state = {name: part for name, part in self.__dict__.items() if name not in _OF_THIS_ONE}
+        clone.__dict__.update(copy.deepcopy(state, memo), _ahead=[])
+        clone._link, clone._copied = LayerLink(self.table, clone.values), CopyCaution(clone, self.table.name)
+        return clone
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            f"an NgramLookup cannot be pickled: its table {self.table.name!r} is a connection to a pool. Save its"
+            " state_dict(), and build it again with a table of the process that loads it"
+        )
+
+
+def _require_fitting(table: Table, ngrams: object) -> None:
+    if not isinstance(ngrams, Ngrams):
+        raise InvalidRequest(f"ngrams = {ngrams!r}: give mempool.nn.Ngrams(orders=..., heads=..., slots=...)")
+    if table.num_slots != ngrams.num_slots:
+        raise InvalidRequest(
+            f"table {table.name!r} has {table.num_slots:_} slots, and these n-grams need exactly"
+            f" {ngrams.num_slots:_} (the sum of their primes): make it with ngrams.table_config({table.name!r}, ...)"
+        )
+
+
+def _checked_tokens(tokens: object) -> Tensor:
+    if not isinstance(tokens, Tensor) or tokens.dtype not in _INTEGERS:
+        raise InvalidRequest(f"tokens must be a tensor of integers, got {getattr(tokens, 'dtype', type(tokens))}")
+    if tokens.dim() == 0 or tokens.is_meta:
+        raise InvalidRequest(f"tokens must be [..., T] and have data, got {list(tokens.shape)} on {tokens.device}")
+    return tokens
+
+
+def _checked_canonical(canonical: object) -> Tensor | None:
+    if canonical is None:
+        return None
+    if not isinstance(canonical, Tensor) or canonical.dtype not in _INTEGERS or canonical.dim() != 1:
+        raise InvalidRequest("canonical must be a tensor [vocab_size] of integers (mempool.nn.canonical_ids)")
+    if not canonical.numel() or int(canonical.min()) < 0:
+        raise InvalidRequest("canonical is empty or has a negative id: give one of at least 0 for each token")
+    return canonical.detach().to("cpu", torch.int64, copy=True)
