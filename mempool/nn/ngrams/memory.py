@@ -178,7 +178,7 @@ class NgramMemory(nn.Module):
         assert self.conv_norm is not None
         seen = self.conv_norm(gated).to(gated.dtype)
         factors = self.conv.to(gated.dtype)
-        total = seen * factors[:, -1]
+        total: Tensor = seen * factors[:, -1]
         for taps in range(1, self.kernel_size):
             back = taps * self.dilation
             if back >= gated.shape[-2]:
