@@ -156,7 +156,7 @@ def _choice(
         found[part], slots[part] = best_keys(sorted_queries[part], own, room, deterministic=deterministic)
         first += count
     back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
+    back[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)
     found, slots = found[back], slots[back]
     ids, order = torch.where(slots < 0, -1, slots + picked.view(-1, 1) * group_size).sort(dim=1)
     sums = found.gather(1, order) + scores.view(-1, 1)
