@@ -24,6 +24,8 @@ from mempool.shard.steps.held import HeldUpdate
 from mempool.types import GatherRequest, UpdateRequest
 from mempool.types.bags import ACTS, Bags
 
+_FLOATS = (torch.float32, torch.bfloat16)
+
 
 class ExpertAnswers:
     """The arithmetic of experts for ``Answers``. Not thread-safe: used by the engine's thread.
@@ -145,10 +147,11 @@ def held_twice(bags: Bags, grads: Tensor, input_dim: int, found: "kernels.Expert
 def _checked_inputs(storage: Storage, request: GatherRequest, bags: Bags) -> Tensor:
     inputs = request.inputs
     shape = None if inputs is None else tuple(inputs.shape)
-    if inputs is None or len(inputs.shape) != 2 or shape != (bags.num_bags, inputs.shape[1]):
+    if inputs is None or shape is None or len(shape) != 2 or shape[0] != bags.num_bags or inputs.dtype not in _FLOATS:
+        given = "absent" if inputs is None else f"{shape} {inputs.dtype}"
         raise InvalidRequest(
-            f"inputs of experts must be [{bags.num_bags}, I] float32 or bfloat16, one for each bag, not "
-            f"{'absent' if inputs is None else shape}. Nothing was changed."
+            f"inputs of experts must be [{bags.num_bags}, I] float32 or bfloat16, one for each bag, not {given}. "
+            "Nothing was changed."
         )
     _check_experts(storage, request.act, inputs.shape[1])
     return validate.admit(inputs, device=storage.device, dtype=torch.float32)
@@ -169,6 +172,11 @@ def _check_experts(storage: Storage, act: str, input_dim: int) -> None:
             f"table {schema.name!r} is laid out by {schema.layout!r}, which may cut an expert in two: make it with "
             'layout="rows". Nothing was changed.'
         )
+    if storage.width not in (0, schema.value_dim) or any(lane.columns is not None for lane in storage.lanes):
+        raise InvalidRequest(
+            f"slots of table {schema.name!r} are cut on shard {storage.shard}, as those of a table are that it was "
+            "forked from: its layout holds from the next rescale on. Nothing was changed."
+        )
 
 
 def _rows(storage: Storage) -> "kernels.Paged | None":
@@ -176,6 +184,5 @@ def _rows(storage: Storage) -> "kernels.Paged | None":
     lanes = storage.lanes
     if not lanes:
         return None
-    (lane,) = lanes
-    assert lane.columns is None, "a layout by rows cuts no slot"
+    (lane,) = lanes  # one that lacks no columns, as is checked before
     return lane.arena.paged()

@@ -216,7 +216,7 @@ class AtOnce:
 def _as_arrays(request: GatherRequest) -> ArrayGather | None:
     """A request of this process as arrays, which are its tensors' memory; None where it has no such form."""
     ids, weights = request.ids, request.weights
-    if not request.private or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
+    if not request.private or request.act or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
         return None
     if weights is not None and (weights.dtype != torch.float32 or weights.shape != ids.shape):
         return None
