@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mempool.shard.answers import Answers, Pieces, Space
+from mempool.shard.answers import Answers
 from mempool.shard.array_gathers import ArraySpace
 from mempool.shard.committing import Committing
 from mempool.shard.parking import Behind, Parked
+from mempool.shard.reading.begun import Pieces, Space
 from mempool.shard.work.jobs import Shared, cost_of, cost_of_parts
 from mempool.shard.work.results import Tell
 from mempool.shard.work.thread import EngineThread

@@ -1,14 +1,17 @@
 """Experts on their shard: what is refused, what is answered and held of what is asked, and the bits of it."""
 
+from collections.abc import Generator
 from dataclasses import replace
+from types import GeneratorType
 from typing import Any
 
 import pytest
 import torch
 
-from mempool.errors import InvalidRequest
+from mempool.errors import DataLoss, InvalidRequest, NotFound
 from mempool.shard import Engine
-from mempool.types import GatherRequest
+from mempool.shard.work import pace
+from mempool.types import GatherRequest, UpdateReply
 from tests.contract.bags import make_bags
 from tests.contract.driver import Driver, make_schema
 
@@ -77,3 +80,88 @@ def test_slots_that_are_cut_are_no_experts_whatever_the_layout_says(make_driver:
     with pytest.raises(InvalidRequest, match=f"slots of table 'facts' are cut on shard {shard}"):
         driver.call(driver.host(shard).update(request))
     assert driver.status(shard).updates_held == 0
+
+
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small that each bag is one."""
+    monkeypatch.setattr(pace, "PIECE_BYTES", 40)
+    monkeypatch.setattr(pace, "WHOLE_BYTES", 40)
+
+
+def end_of(pieces: Generator[None, None, Any]) -> Any:
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+def held_of(driver: Driver, sequence: int) -> Any:
+    engine: Any = driver.host(0)
+    return engine._tenancy.tables[driver.table_id].updates.get(driver.step_id(1), sequence)
+
+
+def test_pieces_have_the_bits_of_the_whole_and_are_held_once(
+    make_driver: MakeDriver, request: pytest.FixtureRequest
+) -> None:
+    driver = make_driver().create(SCHEMA)
+    inner: Any = driver.host(0)._answers  # type: ignore[attr-defined]
+    sums, answer = inner.gather(asked(driver)), inner.update(update_of(driver, 1))
+    request.getfixturevalue("in_pieces")
+    gather, first, second = inner.gather(asked(driver)), *(inner.update(update_of(driver, 2)) for _ in range(2))
+    assert all(isinstance(pieces, GeneratorType) for pieces in (gather, first, second))
+    assert torch.equal(end_of(gather).values, sums.values)
+    for pieces in (first, second):
+        assert torch.equal(end_of(pieces).weight_grad, answer.weight_grad)
+    assert driver.status(0).updates_held == 2
+    whole, cut = held_of(driver, 1), held_of(driver, 2)
+    assert whole.num_bytes == cut.num_bytes
+    assert torch.equal(whole.grads, cut.grads)
+    for name in ("ids", "weights", "offsets"):
+        assert torch.equal(getattr(whole.bags, name), getattr(cut.bags, name))
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_a_table_that_goes_away_ends_the_pieces(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(SCHEMA)
+    inner: Any = driver.host(0)._answers  # type: ignore[attr-defined]
+    several = inner.gather(asked(driver)), inner.update(update_of(driver))
+    for pieces in several:
+        next(pieces)
+    driver.drop()
+    for pieces in several:
+        with pytest.raises(NotFound):
+            end_of(pieces)
+
+
+def test_gradients_are_answered_where_they_are_wanted_and_held_where_they_are_to_be(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_message_bytes=4096).create(SCHEMA)
+
+    def answered(sequence: int, **changes: Any) -> UpdateReply:
+        return driver.call(driver.host(0).update(update_of(driver, sequence, **changes)))
+
+    wanted = answered(1)
+    assert wanted.weight_grad is not None
+    assert wanted.weight_grad.shape == (9 + 4 * INPUT_DIM,)
+    for sequence in (2, 2, 1):  # new, and again
+        assert answered(sequence, want_weight_grad=False).weight_grad is None
+    again = answered(2).weight_grad
+    assert again is not None
+    assert torch.equal(again, wanted.weight_grad)
+    assert driver.status(0).updates_held == 2
+    only_asked = answered(3, hold=False).weight_grad
+    assert only_asked is not None
+    assert torch.equal(only_asked, wanted.weight_grad)
+    assert driver.status(0).updates_held == 2
+
+
+def test_an_update_that_is_held_waits_for_nothing_where_no_gradient_is_wanted(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(SCHEMA)
+    inner: Any = driver.host(0)._answers  # type: ignore[attr-defined]
+    ahead = driver.envelope(0, table_version=5)
+    assert not isinstance(inner.update(update_of(driver)), GeneratorType)
+    held = inner.update(replace(update_of(driver), envelope=ahead, want_weight_grad=False))
+    assert isinstance(held, UpdateReply)
+    with pytest.raises(DataLoss):  # what is held of a new one is made of rows, and of that version there are none
+        inner.update(replace(update_of(driver, 2), envelope=ahead, want_weight_grad=False))
