@@ -5,10 +5,10 @@ version of the table, none older than the one the answer is stamped with. Writes
 """
 
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +18,16 @@ from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.array_gathers import ArrayGathers
 from mempool.shard.durable.records import Counted, Held, Written
-from mempool.shard.experts.answers import ExpertAnswers
+from mempool.shard.experts.answers import AskedExperts, ExpertAnswers, answer_of, held_twice, joined_gradients
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
-from mempool.shard.reading.pieces import parts_of, queries_at_once
+from mempool.shard.reading.begun import BegunGather, Pieces, Read, Space, form_of, parts_at_once, row_bytes
+from mempool.shard.reading.pieces import queries_at_once
 from mempool.shard.reading.pinned import PinnedTable, answered_pin, pinned
 from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
-from mempool.shard.work.jobs import SMALL_BYTES, Begun, Shared
+from mempool.shard.work.jobs import SMALL_BYTES, Shared
 from mempool.shard.work.pace import BAG_ROWS, Pace
 from mempool.types import (
     Envelope,
@@ -52,29 +53,6 @@ LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
 """Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
 COPY_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read as they are at once."""
-
-T = TypeVar("T")
-Space = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
-"""Gives memory of the CPU for an answer of that shape and dtype, contiguous; None: it has none, new memory is taken."""
-Pieces = Generator[None, None, T]
-"""Work in pieces: others are served where it yields."""
-Read = HostedTable | PinnedTable
-"""What is read: a table, or one of its versions."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BegunGather(Begun):
-    """A gather that is fenced, checked and sized: its rows are still to be summed, in the same turn."""
-
-    request: GatherRequest
-    table: Read
-    bags: Bags
-    dtype: torch.dtype
-    out: Tensor | None
-
-    @property
-    def like(self) -> Hashable:
-        return self.table.table_id, self.dtype, self.bags.weights is None, self.request.remember
 
 
 class Answers:
@@ -124,7 +102,7 @@ class Answers:
         table = self._tenancy.tables.get(request.envelope.table_id)
         if table is None or request.ids is None:
             return False
-        return self._pace.is_long(_row_bytes(table) * request.ids.numel(), caller)
+        return self._pace.is_long(row_bytes(table) * request.ids.numel(), caller)
 
     def gather(
         self, request: GatherRequest, *, space: Space | None = None
@@ -161,7 +139,7 @@ class Answers:
         if table is None or request.pin or request.act:
             return None
         ids, offsets = request.ids, request.offsets
-        num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + BAG_ROWS * offsets.numel())
+        num_bytes = ids.nbytes + offsets.nbytes + row_bytes(table) * (ids.numel() + BAG_ROWS * offsets.numel())
         if num_bytes > SMALL_BYTES:
             return None
         return Shared(
@@ -211,16 +189,29 @@ class Answers:
         began_s = time.perf_counter()
         bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._stages.note(("copy in", time.perf_counter() - began_s))
-        shape, form = _form(table, bags, dtype)
+        shape, form = form_of(table, bags, dtype)
         self._reserve(form.itemsize * shape[0] * shape[1])
         return BegunGather(request, table, bags, dtype, None if space is None else space(shape, form))
 
-    def _experts_gathered(self, table: Read, request: GatherRequest) -> GatherReply:
-        bags, sums = self._experts.gather(table, request)
-        return self._gathered(BegunGather(request, table, bags, sums.dtype, None), sums)
+    def _experts_gathered(self, table: Read, request: GatherRequest) -> GatherReply | Pieces[GatherReply]:
+        asked = self._experts.checked_gather(table, request)
+        begun = BegunGather(request, table, asked.bags, asked.dtype, None)
+        if self._is_long_gather(begun):
+            return self._experts_in_pieces(begun, asked)
+        return self._gathered(begun, self._experts.sums(table.storage, asked, request))
+
+    def _experts_in_pieces(self, begun: BegunGather, asked: AskedExperts) -> Pieces[GatherReply]:
+        request, table, some = begun.request, begun.table, []
+        stamp = table.stamp
+        for first, end, part in parts_at_once(asked.bags, row_bytes(table), self._pace):
+            table = self._of(request)
+            part_asked = replace(asked, bags=part, inputs=asked.inputs[first:end])
+            some.append(self._experts.sums(table.storage, part_asked, request))
+            yield
+        return replace(self._gathered(replace(begun, table=table), torch.cat(some)), stamp=stamp)
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
-        return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + BAG_ROWS * begun.bags.num_bags))
+        return self._pace.is_long(row_bytes(begun.table) * (begun.bags.num_pairs + BAG_ROWS * begun.bags.num_bags))
 
     def _whole_gather(self, begun: BegunGather) -> GatherReply:
         values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=begun.out)
@@ -229,7 +220,7 @@ class Answers:
     def _pooled(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:
         began_s = self._pace.clock()
         values = self._summed(table, bags, dtype, for_step=for_step, out=out)
-        self._pace.took(_row_bytes(table) * bags.num_pairs, self._pace.clock() - began_s)
+        self._pace.took(row_bytes(table) * bags.num_pairs, self._pace.clock() - began_s)
         return values
 
     def _summed(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:
@@ -248,9 +239,9 @@ class Answers:
 
     def _gather_in_pieces(self, begun: BegunGather) -> Pieces[GatherReply]:
         request, table, bags, dtype, out = begun.request, begun.table, begun.bags, begun.dtype, begun.out
-        stamp, (shape, form) = table.stamp, _form(table, bags, dtype)
+        stamp, (shape, form) = table.stamp, form_of(table, bags, dtype)
         values = torch.empty(shape, dtype=form) if out is None else out
-        for first, end, part in _parts_of(bags, _row_bytes(table), self._pace):
+        for first, end, part in parts_at_once(bags, row_bytes(table), self._pace):
             table = self._of(request)  # it may have moved, or been dropped, meanwhile
             self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
             yield
@@ -273,12 +264,13 @@ class Answers:
         """What holds an update; space: gives the memory that the weights' gradient is written to."""
         table = self._tenancy.fenced(request.envelope)
         bounds.check_step(request.step_id, (request.sequence,))
-        if (request.want_weight_grad or request.act) and (waits := self._waits(table, request.envelope)) is not None:
+        held = table.updates.get(request.step_id, request.sequence) if request.hold else None
+        reads = request.want_weight_grad or (bool(request.act) and held is None)
+        if reads and (waits := self._waits(table, request.envelope)) is not None:
             return waits
         if request.hold:
             table.require_newest(request.step_id)
-        held = table.updates.get(request.step_id, request.sequence) if request.hold else None
-        if held is not None and request.act:
+        if held is not None and request.act and request.want_weight_grad:
             return self._updated(request, table, None, self._experts.again(table, request, held), caller)
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
@@ -299,8 +291,11 @@ class Answers:
             if request.grads.dtype == torch.uint8:
                 self._reserve(4 * request.grads.numel())  # unpacked, that is more than the message
             if request.act:
-                update, gradients = self._experts.update(table, request, remembered)
-                return self._updated(request, table, update if request.hold else None, gradients, caller)
+                bags, grads = self._experts.checked_update(table, request, remembered)
+                if self._pace.is_long(row_bytes(table) * (bags.num_pairs + bags.num_bags)):
+                    return self._expert_update_in_pieces(request, table, bags, grads, caller)
+                found = self._experts.gradients(table.storage, bags, grads, request)
+                return self._expert_updated(request, table, bags, grads, found, caller)
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
                     *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
@@ -310,7 +305,7 @@ class Answers:
             return self._updated(request, table, update if new else None, None, caller)
         self._reserve(4 * update.bags.num_pairs)
         out = None if space is None else space((update.bags.num_pairs,), torch.float32)
-        if self._pace.is_long(_row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags)):
+        if self._pace.is_long(row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags)):
             return self._update_in_pieces(request, table, update, new, caller, out)
         weight_grad = self._weight_grad(table, update.bags, update.grads, out=out)
         return self._updated(request, table, update if new else None, weight_grad, caller)
@@ -332,13 +327,36 @@ class Answers:
     ) -> Pieces[UpdateReply]:
         weight_grad = torch.empty(update.bags.num_pairs, dtype=torch.float32) if out is None else out
         at = 0
-        for first, end, part in _parts_of(update.bags, _row_bytes(table), self._pace):
+        for first, end, part in parts_at_once(update.bags, row_bytes(table), self._pace):
             table = self._tenancy.fenced(request.envelope)
             self._weight_grad(table, part, update.grads[first:end], out=weight_grad[at : at + part.num_pairs])
             at += part.num_pairs
             yield
         new = new and table.updates.get(request.step_id, request.sequence) is None
         return self._updated(request, table, update if new else None, weight_grad, caller)
+
+    def _expert_update_in_pieces(
+        self, request: UpdateRequest, table: HostedTable, bags: Bags, grads: Tensor, caller: str
+    ) -> Pieces[UpdateReply]:
+        some = []
+        for first, end, part in parts_at_once(bags, row_bytes(table), self._pace):
+            table = self._tenancy.fenced(request.envelope)
+            some.append(self._experts.gradients(table.storage, part, grads[first:end], request))
+            yield
+        return self._expert_updated(request, table, bags, grads, joined_gradients(some), caller)
+
+    def _expert_updated(
+        self,
+        request: UpdateRequest,
+        table: HostedTable,
+        bags: Bags,
+        grads: Tensor,
+        found: kernels.ExpertGradients,
+        caller: str,
+    ) -> UpdateReply:
+        new = request.hold and table.updates.get(request.step_id, request.sequence) is None
+        update = held_twice(bags, grads, request.input_dim, found) if new else None
+        return self._updated(request, table, update, answer_of(found) if request.want_weight_grad else None, caller)
 
     def _updated(
         self,
@@ -475,21 +493,3 @@ class Answers:
         # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".
         with self._stages.measure("copy out"):
             return tensor.cpu() if out is None else out.copy_(tensor)
-
-
-def _row_bytes(table: Read) -> int:
-    """Bytes of a row of values, of all blocks here, taken as float32."""
-    return 4 * table.storage.width
-
-
-def _form(table: Read, bags: Bags, dtype: torch.dtype) -> tuple[tuple[int, int], torch.dtype]:
-    """Shape and dtype of a gather's answer as it is sent."""
-    storage = table.storage
-    if dtype != torch.float8_e4m3fn:
-        return (bags.num_bags, storage.width), dtype
-    return (bags.num_bags, 0 if storage.packed_sums is None else storage.packed_sums.row_bytes), torch.uint8
-
-
-def _parts_of(bags: Bags, row_bytes: int, pace: Pace) -> Iterator[tuple[int, int, Bags]]:
-    """Bags some at a time: see ``parts_of``."""
-    return parts_of(bags, lambda: pace.piece_bytes // max(1, row_bytes))

@@ -134,6 +134,21 @@ def test_fewer_bytes_on_the_wire_cost_some_precision(pools: Pools, wire_dtype: A
     assert relative_error(before - all_rows(table).double(), local.rows.grad) < 0.08
 
 
+def test_small_gradients_survive_packed_rows_beside_large_inputs(pools: Pools) -> None:
+    """u ends within a block (9 columns, blocks of 8), whose scale would be that of the inputs."""
+    table = pools.table(shards=2, optimizer=mempool.optim.SGD(lr=1e8), **TABLE)
+    table.wire_dtype = "float8_e4m3fn"
+    layer = make_layer(table, query_norm="none")
+    local = LocalExperts(layer, torch.float64)
+    x = 10 * torch.randn(7, DIM)
+    (1e-8 * layer(x)).sum().backward()
+    (1e-8 * local(x.double())).sum().backward()
+    before = all_rows(table).double()
+    PoolOptimizer(layer).step()
+    of_v = (before - all_rows(table).double())[:, DIM:]
+    assert relative_error(of_v, 1e8 * local.rows.grad[:, DIM:]) < 0.02
+
+
 def test_what_is_wrong_is_said_and_changes_nothing(pools: Pools) -> None:
     columns = pools.table(shards=2, **TABLE | {"layout": "columns"})
     with pytest.raises(InvalidRequest, match="which may cut an expert in two: make it with layout="):

@@ -241,7 +241,8 @@ class TableLink:
         both = torch.cat(
             [experts.inputs.to(torch.float32), grads.detach().to(device="cpu", dtype=torch.float32)], dim=1
         )
-        own = self._before_update(both, hold=hold)
+        # Inputs and gradients that shared a scale would be of the larger ones' precision: the gradients perhaps zeros.
+        own = self._before_update(both, hold=hold, may_pack=experts.input_dim % self._schema.block_dim == 0)
         answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=want_grads))
         self._after_update(hold=hold)
         if answer is None:
@@ -249,14 +250,14 @@ class TableLink:
         num_pairs = record.bags.num_pairs
         return answer[:num_pairs], answer[num_pairs:].view(-1, experts.input_dim)
 
-    def _before_update(self, grads: Tensor, *, hold: bool) -> Tensor:
+    def _before_update(self, grads: Tensor, *, hold: bool, may_pack: bool = True) -> Tensor:
         if hold:
             coordinator = self.session.coordinator
             if coordinator.found is not None:
                 self.run(coordinator.joined())
             self._cautions.before_update(grouped=coordinator.group is not None or coordinator.alone)
             self._begin_gradient()
-        if self._wire_dtype == "float8_e4m3fn":
+        if self._wire_dtype == "float8_e4m3fn" and may_pack:
             return kernels.pack_rows(packed_sums(self._schema), grads.detach().to(torch.float32)).cpu()
         return own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mempool.shard.answers import Answers, Pieces, Space
+from mempool.shard.answers import Answers
 from mempool.shard.array_gathers import ArraySpace
 from mempool.shard.committing import Committing
 from mempool.shard.parking import Behind, Parked
+from mempool.shard.reading.begun import Pieces, Space
 from mempool.shard.work.jobs import Shared, cost_of, cost_of_parts
 from mempool.shard.work.results import Tell
 from mempool.shard.work.thread import EngineThread
@@ -216,7 +217,7 @@ class AtOnce:
 def _as_arrays(request: GatherRequest) -> ArrayGather | None:
     """A request of this process as arrays, which are its tensors' memory; None where it has no such form."""
     ids, weights = request.ids, request.weights
-    if not request.private or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
+    if not request.private or request.act or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
         return None
     if weights is not None and (weights.dtype != torch.float32 or weights.shape != ids.shape):
         return None

@@ -12,8 +12,9 @@ import torch
 
 from mempool.errors import InvalidRequest, NotFound, RequestTooLarge, StalePlacement
 from mempool.shard import answers
-from mempool.shard.answers import Answers, _parts_of
+from mempool.shard.answers import Answers
 from mempool.shard.reading import pieces as cutting
+from mempool.shard.reading.begun import parts_at_once
 from mempool.shard.work import pace
 from mempool.types import (
     FlatKeySpec,
@@ -239,7 +240,7 @@ def test_parts_cover_every_bag_once(monkeypatch: pytest.MonkeyPatch, lengths: tu
     monkeypatch.setattr(pace, "PIECE_BYTES", 400)
     made = make_bags(1, lengths=lengths)
     bags = bags_module.Bags(made.ids, made.weights, made.offsets)
-    parts = list(_parts_of(bags, 40, pace.Pace(time.monotonic)))
+    parts = list(parts_at_once(bags, 40, pace.Pace(time.monotonic)))
     assert [part[0] for part in parts] == [0, *(part[1] for part in parts)][: len(parts)]
     assert sum(part.num_bags for _, _, part in parts) == len(lengths)
     for first, end, part in parts:
