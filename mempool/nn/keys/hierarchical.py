@@ -107,7 +107,9 @@ class HierarchicalKeys(nn.Module):
         chunk = max(1, _CHUNK_SLOTS // self.group_size) * self.group_size
         for first in range(0, slot_keys.shape[0], chunk):
             some = slot_keys[first : first + chunk]
-            groups = torch.arange(first, first + some.shape[0], device=some.device) // self.group_size
+            groups = (
+                torch.arange(first, first + some.shape[0], dtype=torch.int64, device=some.device) // self.group_size
+            )
             found, own = best_keys(queries, some + group_keys[groups], min(topk, some.shape[0]), deterministic=True)
             scores, ids = torch.cat([scores, found], dim=1), torch.cat([ids, some_of(own) + first], dim=1)
             scores, places = select_topk(scores, min(topk, scores.shape[1]))
