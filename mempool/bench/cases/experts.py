@@ -88,7 +88,8 @@ def update(tables: Tables, spec: TableSpec, num_bags: int, bag_size: int, ids: s
     def own(i: int) -> Tensor:
         pairs = sets[i]
         found = kernels.expert_gradients(paged, pairs.ids, pairs.weights, pairs.offsets, grads[i], input_dim, act=_ACT)
-        twice, both = held_twice(Bags(pairs.ids, pairs.weights, pairs.offsets), grads[i], input_dim, found)
+        held = held_twice(Bags(pairs.ids, pairs.weights, pairs.offsets), grads[i], input_dim, found)
+        twice, both = held.bags, held.grads
         ordered = kernels.sort_pairs(paged, twice.ids)
         bags = bag_of_pairs(twice.offsets, twice.num_pairs)
         kernels.fused_step(paged, state, ordered, twice.weights, bags, both, step)

@@ -133,9 +133,9 @@ def _parts(queries_BHD: Tensor, keys_H2ND: Tensor, rank: int, index_2BHK: Tensor
     """Scores of each part of chosen half-keys: [B, H, 2, R, K]."""
     num_bags, num_heads, dim = queries_BHD.shape
     size, width = keys_H2ND.shape[2], dim // 2 // rank
-    codebooks = torch.arange(2 * num_heads, device=index_2BHK.device).view(num_heads, 2, 1)
+    codebooks = torch.arange(2 * num_heads, dtype=torch.int64, device=index_2BHK.device).view(num_heads, 2, 1)
     places = index_2BHK.movedim(0, 2) + codebooks * size
-    places = places[..., None, :] * rank + torch.arange(rank, device=places.device)[:, None]
+    places = places[..., None, :] * rank + torch.arange(rank, dtype=torch.int64, device=places.device)[:, None]
     found = dots(queries_BHD.reshape(-1, width), keys_H2ND.reshape(-1, width), places.flatten(0, 3))
     return found.view(num_bags, num_heads, 2, rank, index_2BHK.shape[-1])
 
