@@ -1,4 +1,4 @@
-"""Updates of experts that are prepared when the power goes: held again, answered as before, and committed to the bit."""
+"""Updates of experts that are prepared when the power goes: answered as before, and committed to the bit."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,9 @@ def held(driver: Driver, number: int, sequence: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=["int8", "dense adamw"])
-def test_what_is_prepared_of_experts_outlives_a_power_cut(make_lives: Callable[..., Lives], schema: TableSchema) -> None:
+def test_what_is_prepared_of_experts_outlives_a_power_cut(
+    make_lives: Callable[..., Lives], schema: TableSchema
+) -> None:
     lives = make_lives()
     driver = lives.begin().create(schema, "one")
     for number in range(1, 4):
