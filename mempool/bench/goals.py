@@ -9,6 +9,7 @@ from typing import Any
 from mempool.bench.cases import OWN
 from mempool.bench.cases.bags import FBGEMM, OWN_FLOAT32, TORCH_BAG
 from mempool.bench.cases.commits import TORCH_SPARSE
+from mempool.bench.cases.experts import TORCH_EXPERTS, TORCH_EXPERTS_SPARSE
 from mempool.bench.cases.scoring import FAISS, TORCH_TOPK
 from mempool.bench.measured import Measured
 
@@ -114,6 +115,12 @@ _CPU = (
     Goal("forward, bfloat16 rows beside float32 rows", 1.6, _ratio("forward", "bfloat16", OWN_FLOAT32)),
     Goal("weight gradient + Adagrad beside FBGEMM's backward", 5.0, _ratio("update", "adagrad", FBGEMM)),
     Goal("weight gradient + Adagrad beside torch's, sparse", 6.0, _ratio("update", "adagrad", TORCH_SPARSE)),
+    Goal("experts beside torch's gather and einsum", 2.0, _ratio("experts", "gelu", TORCH_EXPERTS)),
+    Goal(
+        "experts' gradients + Adagrad beside torch's, sparse",
+        5.0,
+        _ratio("experts-update", "adagrad", TORCH_EXPERTS_SPARSE),
+    ),
     Goal("product-key top-32 beside torch", 2.5, _headline("product-topk", TORCH_TOPK)),
     Goal("flat top-32 beside faiss", 1.0, _headline("flat-topk", FAISS)),
     Goal("flat top-32 beside torch", 1.5, _headline("flat-topk", TORCH_TOPK)),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mempool.bench.cases import bags, commits, scoring
+from mempool.bench.cases import bags, commits, experts, scoring
 from mempool.bench.cases.case import FAMILIES, OWN, Case, Prepared
 from mempool.bench.cases.inputs import Tables, TableSpec, bags_for
 from mempool.kernels import ALGORITHMS, BLOCK_STATE, ELEMENTS, STATE_NAMES, Algorithm, Element
@@ -35,6 +35,7 @@ class Workload:
         product_size: Of the square product.
         topk: Winners.
         heads: Of the queries of product keys.
+        expert_dim: Columns of a row that is an expert, u and v together.
     """
 
     num_slots: tuple[int, ...]
@@ -50,6 +51,7 @@ class Workload:
     product_size: int
     topk: int = 32
     heads: int = 4
+    expert_dim: int = 1024
 
     @classmethod
     def of(cls, device_type: str, memory_bytes: int) -> Workload:
@@ -105,7 +107,7 @@ def all_cases(workload: Workload, tables: Tables, skipped: Callable[[str], None]
         skipped: Told of what is left out or made smaller, and why.
     """
     plan = _Plan(workload, tables, skipped)
-    found = {case.name: case for case in (*plan.reading(), *plan.changing(), *plan.scoring())}
+    found = {case.name: case for case in (*plan.reading(), *plan.changing(), *plan.experts(), *plan.scoring())}
     order = {family: place for place, family in enumerate(FAMILIES)}
     return sorted(found.values(), key=lambda case: (*case.table_order, order[case.family]))
 
@@ -150,6 +152,22 @@ class _Plan:
         for size in self._sizes:
             for algorithm in ("adagrad", "rowwise_adagrad"):
                 yield from self._update(size, algorithm)
+
+    def experts(self) -> Iterator[Case]:
+        """Cases of rows that are experts: of the smallest table, and four times the tokens of the others' bags."""
+        size = _Size(self._workload.num_slots[-1], self._workload.expert_dim, self._workload.bag_sizes[0], "uniform")
+
+        def of_sums(spec: TableSpec, size: _Size) -> Prepared:
+            return experts.sums(self._tables, spec, 4 * self._num_bags(size), size.bag_size, size.ids)
+
+        def of_update(spec: TableSpec, size: _Size) -> Prepared:
+            return experts.update(self._tables, spec, 4 * self._num_bags(size), size.bag_size, size.ids)
+
+        for case in (
+            *self._on_table("experts", "gelu", size, "float32", of_sums),
+            *self._on_table("experts-update", "adagrad", size, "float32", of_update, size.value_dim),
+        ):
+            yield replace(case, headline=True)
 
     def scoring(self) -> Iterator[Case]:
         """Cases with keys."""

@@ -17,13 +17,15 @@ FAMILIES = (
     "weight-gradient",
     "commit",
     "update",
+    "experts",
+    "experts-update",
     "product-topk",
     "product-gradient",
     "flat-topk",
 )
 
 #: Families whose limit is the speed of products; memory is the limit of the others.
-KEY_FAMILIES = FAMILIES[5:]
+KEY_FAMILIES = FAMILIES[7:]
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ class HierarchicalKeys(nn.Module):
         chunk = max(1, _CHUNK_SLOTS // self.group_size) * self.group_size
         for first in range(0, slot_keys.shape[0], chunk):
             some = slot_keys[first : first + chunk]
-            groups = torch.arange(first, first + some.shape[0], device=some.device) // self.group_size
+            groups = (
+                torch.arange(first, first + some.shape[0], dtype=torch.int64, device=some.device) // self.group_size
+            )
             found, own = best_keys(queries, some + group_keys[groups], min(topk, some.shape[0]), deterministic=True)
             scores, ids = torch.cat([scores, found], dim=1), torch.cat([ids, some_of(own) + first], dim=1)
             scores, places = select_topk(scores, min(topk, scores.shape[1]))
@@ -156,7 +158,7 @@ def _choice(
         found[part], slots[part] = best_keys(sorted_queries[part], own, room, deterministic=deterministic)
         first += count
     back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
+    back[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)
     found, slots = found[back], slots[back]
     ids, order = torch.where(slots < 0, -1, slots + picked.view(-1, 1) * group_size).sort(dim=1)
     sums = found.gather(1, order) + scores.view(-1, 1)

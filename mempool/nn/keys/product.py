@@ -137,7 +137,7 @@ def best_keys(queries_BD: Tensor, keys_ND: Tensor, topk: int, *, deterministic: 
 
 def some_of(ids: Tensor) -> Tensor:
     """Ids with those that are missing (-1), where scores are NaN, filled up by the first ones: any slot that exists."""
-    return torch.where(ids < 0, torch.arange(ids.shape[-1], device=ids.device), ids)
+    return torch.where(ids < 0, torch.arange(ids.shape[-1], dtype=torch.int64, device=ids.device), ids)
 
 
 def _pair(queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:

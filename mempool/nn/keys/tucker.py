@@ -114,7 +114,7 @@ class TuckerKeys(nn.Module):
         chunk = max(1, _CHUNK_SCORES // max(1, size * scores.shape[:2].numel()))
         for first in range(0, size, chunk):
             grid = torch.einsum("bhri,bhrj->bhij", weighed[..., first : first + chunk], columns).flatten(2)
-            own = torch.arange(first * size, first * size + grid.shape[-1], device=ids.device)
+            own = torch.arange(first * size, first * size + grid.shape[-1], dtype=torch.int64, device=ids.device)
             there = own < self.num_slots
             if not there.any():
                 break

@@ -67,7 +67,7 @@ def places_of(
         raise InvalidRequest(f"{' and '.join(given)} both say where sequences begin: give one of them")
     length = tokens.shape[-1]
     rows = tokens.numel() // length if length else 0
-    index = torch.arange(length, device="cpu").expand(rows, length)
+    index = torch.arange(length, dtype=torch.int64, device="cpu").expand(rows, length)
     if not given and mask is None:
         return Places(index, None)
     starts = torch.zeros(rows, length, dtype=torch.bool, device="cpu")

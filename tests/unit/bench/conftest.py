@@ -6,13 +6,13 @@ import torch
 from mempool import kernels
 from mempool.bench import machine, peers
 from mempool.bench.cases import Workload
-from mempool.kernels.dispatch import bags, topk, updates
+from mempool.kernels.dispatch import bags, experts, topk, updates
 
 
 @pytest.fixture(autouse=True)
 def quick_to_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that nothing compiles, on one thread: these tests are about the benchmark."""
-    for module in (bags, topk, updates, machine):
+    for module in (bags, experts, topk, updates, machine):
         monkeypatch.setattr(module, "implementation_for", lambda _: kernels.implementation("torch"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -37,6 +37,7 @@ def tiny() -> Workload:
         product_size=8,
         topk=4,
         heads=2,
+        expert_dim=8,
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mempool.bench.cases import Tables, TableSpec, Workload, all_cases, bags, commits, scoring
+from mempool.bench.cases import Tables, TableSpec, Workload, all_cases, bags, commits, experts, scoring
 from mempool.bench.cases.inputs import Sample, arena_ids, bags_for
 from mempool.kernels import reference
 
@@ -94,3 +94,11 @@ def test_zipf_ids_repeat_and_uniform_ids_do_not(tables: Tables) -> None:
     paged = tables.arena(TableSpec(1 << 16, 1))
     distinct = {ids: tables.pairs(paged, 1 << 16, 64, 16, ids)[0].ids.unique().numel() for ids in ("uniform", "zipf")}
     assert distinct["uniform"] > 1000 > 800 > distinct["zipf"] > 100
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_unavoidable_bytes_of_experts(tables: Tables) -> None:
+    sums = experts.sums(tables, TableSpec(64, 16), 8, 4, "uniform")
+    assert sums.num_bytes == 32 * (64 + 8 + 4) + 9 * 8 + 8 * 8 * 4 + 8 * 8 * 4
+    update = experts.update(tables, TableSpec(1, 16), 8, 4, "uniform")  # one row: all pairs are its
+    assert update.num_bytes == 4 * 64 + 32 * (64 + 8 + 4 + 4) + 9 * 8 + 8 * 64 + 8 * 8 * 4

@@ -224,7 +224,7 @@ def test_what_cannot_be_retrofitted_changes_nothing(table: mempool.Table, tmp_pa
     for layers, options, message in (
         ([0, 9], {}, "no layer 9: model.layers has 3 blocks, 0 to 2"),
         (0, {"mode": "beside"}, 'mode must be "add" or "replace"'),
-        (0, {"out": "none"}, 'out follows from where the layer goes with mode="add"; there are keys, heads, topk'),
+        (0, {"out": "none"}, 'out follows from where the layer goes with mode="add"; there are keys, ways, '),
         (0, {"haeds": 4}, "haeds is no argument of a MemoryLayer"),
         (0, {"topk": 65}, "topk must be from 1 to the table's 64 slots"),
         (0, {"table": "facts"}, r"give pool.table\('facts'\)"),
