@@ -1,4 +1,4 @@
-"""Updates of experts that are prepared when the power goes: held again, answered alike, committed to the bit."""
+"""Updates of experts that are prepared when the power goes: answered as before, and committed to the bit."""
 
 from collections.abc import Callable
 from dataclasses import replace
