@@ -178,7 +178,7 @@ def test_what_is_wrong_is_said_and_changes_nothing(pools: Pools) -> None:
     assert table.pending == 0
 
 
-def test_what_is_held_and_what_was_trained_outlive_the_process(tmp_path: Path) -> None:
+def test_what_was_trained_outlives_the_process(tmp_path: Path) -> None:
     """Held before the end, committed after it: as if nothing had been."""
     rows = []
     for ends in (False, True):

@@ -30,8 +30,8 @@ _OF_THIS_ONE = ("_link", "_copied", "_ahead")
 _MAX_AHEAD = 255
 """Prefetched and not taken, besides the newest: their answers are bounded by the table's."""
 _WORTH = 0.75
-"""Each slot travels once where those are at most so many of all: to lay the rows out again costs a copy of them, which
-takes a processor about as long as a fifth of them takes to read."""
+"""Each slot travels once where those are at most so many of all: to lay the rows out again costs a copy of them. A
+judgement: of 65,536 pairs a tenth saved cost more than it spared (19 ms to lay out, 9 ms of the gather)."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
