@@ -179,7 +179,7 @@ def test_what_is_wrong_is_said_and_changes_nothing(pools: Pools) -> None:
 
 
 def test_what_was_trained_outlives_the_process(tmp_path: Path) -> None:
-    """Held before the end, committed after it: as if nothing had been."""
+    """Rows of a pool that was closed and opened again are those of one that was not."""
     rows = []
     for ends in (False, True):
         folder = tmp_path / str(ends)
