@@ -274,7 +274,7 @@ def test_what_cannot_be_is_refused(pools: Pools) -> None:
         with pytest.raises(errors.InvalidRequest, match=r"keys_lr = 0\.1, and it trains no keys"):
             without.commit(keys_lr=0.1)
     for options, message in (
-        ({"keys": "there"}, "keys = 'there': must be \"model\""),
+        ({"keys": "there"}, "keys = 'there': must be \"product\""),
         ({"keys": "pool", "heads": 2}, "heads = 2, and the keys of table .* have heads = 1"),
         ({"keys": "pool", "qk_norm": True}, "qk_norm is of keys in the model"),
         ({"keys": "pool", "key_init_std": 0.0}, "key_init_std is of keys in the model"),

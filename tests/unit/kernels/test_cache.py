@@ -9,6 +9,7 @@ import pytest
 
 from mempool import kernels
 from mempool.kernels.cpu import admission, bags, initial, rows, runtime, sorting, updates
+from mempool.kernels.cpu.experts import passes
 from mempool.kernels.cpu.runtime import KernelCacheFile, source_stamp
 from mempool.kernels.cpu.scoring import flat, topk
 
@@ -96,13 +97,15 @@ def test_every_kernel_has_such_a_cache():
     kernels.implementation("numba")
     found = {
         name: kernel._cache
-        for module in (admission, bags, flat, initial, rows, sorting, topk, updates)
+        for module in (admission, bags, flat, initial, passes, rows, sorting, topk, updates)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "signatures") and not kernel.targetoptions.get("no_cpython_wrapper")
     }
     assert len(found) > 15
     folder = Path(runtime.__file__).parent
-    stamp = source_stamp(folder.parent) + source_stamp(folder) + source_stamp(folder / "scoring")
+    folders = (folder.parent, folder, folder / "experts", folder / "scoring")
+    assert {path.parent for path in folder.rglob("*.py")} == set(folders[1:])
+    stamp = "".join(map(source_stamp, folders))
     for name, cache in found.items():
         assert isinstance(cache._cache_file, KernelCacheFile), name
         assert cache._cache_file._source_stamp == stamp, name
