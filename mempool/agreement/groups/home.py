@@ -113,8 +113,6 @@ class Groups:
             if reply is not None:
                 return reply
             member = group.members[request.rank]
-        if member.said.kind != request.kind:
-            group.changes += 1
         member.said, member.heard_s = _brief(request), max(heard_s, member.heard_s)
         if request.kind != "join" or not group.step:  # who joins says where its model is, which may be elsewhere
             group.step = max(group.step, request.step)
@@ -129,7 +127,7 @@ class Groups:
             return self._reply(group, "changed")
         if request.meeting > member.meeting:
             member.meeting = request.meeting
-            group.changes += 1
+            group.changes += group.terms.consistency == "bounded"  # ranks of a sync group wait until all are there
         if request.rank == 0 and request.word is not None and _is_newer(request.word, group.word):
             self._take_word(group, request.word)
             group.changes += 1
@@ -279,19 +277,13 @@ class Groups:
             self._take(member, request)
             return self._reply(group, "word", word=group.word)
         self._take(member, request)
-        here = [
-            each.arrival
-            for rank in range(group.terms.world_size)
-            if (each := group.members.get(rank)) is not None
-            and each.arrival is not None
-            and each.generation == group.generation
-            and each.arrival.meeting == request.meeting
-        ]
-        if len(here) == group.terms.world_size and group.complete != request.meeting:
+        if group.complete != request.meeting and len(here := _here(group, request.meeting)) == group.terms.world_size:
             group.complete = request.meeting
             group.changes += 1
         if group.complete == request.meeting:
-            if request.rank == 0 and len(here) == group.terms.world_size:
+            if request.rank and self._lives(group.members.get(0), now_s):
+                return None
+            if not request.rank and len(here := _here(group, request.meeting)) == group.terms.world_size:
                 arrivals = tuple(
                     Arrival(
                         rank=each.rank,
@@ -304,8 +296,6 @@ class Groups:
                     for each in here
                 )
                 return self._reply(group, "arrived", arrivals=arrivals)
-            if request.rank and self._lives(group.members.get(0), now_s):
-                return None
         return self._lost(group, request.rank, now_s, request.meeting)
 
     def _within_bounds(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
@@ -438,6 +428,19 @@ class Groups:
             lease_s=self.lease_s,
             **more,  # type: ignore[arg-type]
         )
+
+
+def _here(group: _Group, meeting: int) -> list[MeetRequest]:
+    """What ranks have come with to a meeting, by rank; of those before the first who is not there."""
+    found = []
+    for rank in range(group.terms.world_size):
+        member = group.members.get(rank)
+        if member is None or member.arrival is None or member.generation != group.generation:
+            break
+        if member.arrival.meeting != meeting:
+            break
+        found.append(member.arrival)
+    return found
 
 
 def _is_newer(word: Word, known: Word | None) -> bool:
