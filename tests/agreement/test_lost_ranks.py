@@ -264,3 +264,21 @@ def test_ranks_that_have_nothing_for_several_steps_clip_with_the_others(here: Gr
 
         ranks.each(train)
         assert ranks.pools[0].table("facts").link.version() == 3
+
+
+def test_a_table_that_is_dropped_meanwhile_holds_up_no_rank_that_comes_back(here: GrpcPoolHere) -> None:
+    other = mempool.TableConfig(name="other", num_slots=SLOTS, value_dim=DIM)
+    with Ranks(here, [config(), other], world_size=2) as ranks:
+        tables = ranks.tables(1)
+        optimizer = mempool.optim.PoolOptimizer(tables)
+        for table in tables:
+            push(table, 0, rank=1, world_size=2)
+        ranks.kill(0)
+        with pytest.raises(RankLost):
+            optimizer.step()
+        with mempool.connect(here.address) as pool:
+            pool.drop_table("other")
+        assert ranks.come_back(0, timeout_s=10 * LEASE_S).step == 0
+        push(ranks.pools[0].table("facts"), 0, rank=0, world_size=2)
+        assert ranks.each(lambda _, pool: commit(pool)) == [1, 1]
+        check(ranks, 1)
