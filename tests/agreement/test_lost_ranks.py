@@ -282,3 +282,23 @@ def test_a_table_that_is_dropped_meanwhile_holds_up_no_rank_that_comes_back(here
         push(ranks.pools[0].table("facts"), 0, rank=0, world_size=2)
         assert ranks.each(lambda _, pool: commit(pool)) == [1, 1]
         check(ranks, 1)
+
+
+def test_a_group_that_goes_on_with_one_rank_goes_on_from_its_step(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2, elastic=True) as ranks:
+        for number in range(2):
+            ranks.each(lambda rank, pool, number=number: step(pool, number, rank=rank, world_size=2))
+        ranks.kill(0), ranks.kill(1)
+        with mempool.connect(here.address) as pool:
+            while True:
+                try:
+                    group = pool.join(ranks.group, 0, 1, elastic=True)
+                    break
+                except mempool.errors.AlreadyExists:
+                    time.sleep(LEASE_S / 4)
+            assert group.step == 2
+            push(pool.table("facts"), 2, rank=0, world_size=1, scale=0.5)
+            assert commit(pool) == 1
+            assert group.step == 3
+            alone = trained_alone(3, world_size=2)
+            assert (pool.table("facts").rows(range(SLOTS)) - alone).norm() <= 1e-5 * alone.norm()
