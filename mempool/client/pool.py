@@ -209,7 +209,8 @@ class Pool(Keeping):
         """Be one of the ranks that train this pool's tables together. Before the first backward pass.
 
         Under torchrun, and where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, nothing needs to be said: the
-        first step joins, sync, with the mean. MEMPOOL_JOIN=0, or ``world_size=1`` here (not elastic), has a process train by itself.
+        first step joins, sync, with the mean. MEMPOOL_JOIN=0, or ``world_size=1`` here (not elastic), has a process
+        train by itself.
 
         Args:
             group: The job's name: the same for all its ranks, and no other job's on this pool.
