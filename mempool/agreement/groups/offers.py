@@ -9,8 +9,8 @@ from mempool.types.groups.meeting import Arrival, OfferedPart
 NameOf = Callable[[int], str]
 
 _SAME_SCALE = 1e-5
-"""Relative: clipping makes grad_scale of norms of which ranks may have other last bits, on GPUs of several kinds, or where
-some have clipped a step that all begin anew. The leader's is what counts."""
+"""Relative: clipping makes grad_scale of norms of which ranks may have other last bits, on GPUs of several kinds, say.
+The leader's is what counts."""
 
 
 def sequences_of(arrivals: Sequence[Arrival]) -> dict[int, tuple[int, ...]]:

@@ -45,8 +45,8 @@ class Group:
 
 
 async def enter(joining: Joining, *, coordinator: Coordinator, router: Router, api: PoolApi) -> Member | None:
-    """Join: from now on this client's steps are the group's. None for a group of one, which is no group, but where it is
-    what is left of a larger one.
+    """Join: from now on this client's steps are the group's. None for a group of one, which is no group, unless it is
+    elastic: it may be what is left of a larger one.
 
     Raises:
         InvalidRequest: This client has joined a group, or has something pending; or the group is joined under other

@@ -76,6 +76,10 @@ class SyncGroup:
         return True
 
     @property
+    def counts_steps(self) -> bool:
+        return False  # what one skips all do
+
+    @property
     def waits(self) -> bool:
         return self.member.waits and not self.member.leads
 
