@@ -272,6 +272,32 @@ def test_a_bounded_rank_waits_for_the_slowest() -> None:
     assert home.arrive(0, 4).answer == "arrived"  # type: ignore[union-attr]
 
 
+def test_groups_whose_ranks_are_dead_take_no_room_of_others() -> None:
+    home = Home(2)
+    parts = part(*range(MAX_BYTES // 8 // 3))
+    for number in range(3):
+        home.ask(0, "join", group=f"dead-{number}")
+        if number < 2:
+            home.arrive(0, 1, group=f"dead-{number}", parts=parts)
+    home.join(0, 1)
+    with pytest.raises(Overloaded, match="bytes at their home"):
+        home.arrive(0, 1, parts=parts)
+    home.now_s = LEASE_S + 1.0
+    home.ask(0), home.ask(1)
+    assert home.arrive(0, 1, parts=parts) is None
+    assert home.arrive(1, 1) is None
+
+
+def test_the_ranks_that_a_home_knows_are_bounded_too() -> None:
+    home, name = Home(4096), "x" * 1000
+    with pytest.raises(Overloaded, match="bytes at their home"):
+        for rank in range(MAX_GROUPS * 4096):
+            home.ask(rank % 4096, "join", group=f"{rank // 4096}", host=name, launcher=name)
+    assert 4 * 2 * len(name) * rank <= MAX_BYTES < 10 * len(name) * rank
+    home.now_s = LEASE_S + 1.0
+    home.join(0, 1)
+
+
 def test_what_a_home_holds_is_bounded() -> None:
     home = Home(2)
     home.join(0, 1)
