@@ -187,7 +187,7 @@ class PoolOptimizer(torch.optim.Optimizer):
             )
         except RankLost:
             for gradient, scale in zip(self._gradients(), before, strict=True):
-                gradient.rescale(scale)  # whoever comes back scales and clips it from the beginning, as the same call
+                gradient.ask_again(scale)  # whoever comes back scales and clips it from the beginning, as the same call
             raise
         self._look()
         return loss

@@ -302,3 +302,30 @@ def test_a_group_that_goes_on_with_one_rank_goes_on_from_its_step(here: GrpcPool
             assert group.step == 3
             alone = trained_alone(3, world_size=2)
             assert (pool.table("facts").rows(range(SLOTS)) - alone).norm() <= 1e-5 * alone.norm()
+
+
+def test_a_rank_that_takes_an_earlier_norm_for_this_steps_asks_for_it_anew(here: GrpcPoolHere) -> None:
+    """It has nothing pending, so that nobody can tell that its model was zeroed between two steps."""
+    with Ranks(here, [config()], world_size=2) as ranks:
+
+        def train(rank: int, pool: Pool) -> int:
+            table = pool.table("facts")
+            layer = mempool.nn.MemoryLayer(8, table=table, heads=1, topk=2, key_dim=4)
+            optimizer, told = mempool.optim.PoolOptimizer(layer, max_norm=1e9), 0
+            for number in range(2):
+                if rank == 0:
+                    push(table, number, rank=0, world_size=1)
+                while told < 9:
+                    try:
+                        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e9)
+                        if number:
+                            optimizer.step()
+                        else:
+                            layer.zero_grad()
+                        break
+                    except RankLost:
+                        told += 1
+            return told
+
+        assert ranks.each(train) == [1, 1]
+        assert ranks.pools[0].table("facts").link.version() == 1
