@@ -176,8 +176,7 @@ class TableGradient(nn.Parameter):
         return self._scaled_norm.item() / self._norm if self._norm > 0.0 else 1.0
 
     def ask_again(self, scale: float) -> None:
-        """All ranks begin the step anew: it is prepared once more, and is multiplied with this then, whatever was done to
-        it meanwhile."""
+        """All ranks begin the step anew: it is prepared once more, and then multiplied with this alone."""
         self._generation = -1  # of no group
         if self.known and self._norm is not None and math.isfinite(self._norm):
             norm = torch.tensor([self._norm * scale], dtype=torch.float64, device="cpu")
