@@ -183,8 +183,8 @@ class Groups:
         group = self._groups.get(request.group)
         joins = request.kind == "join"
         if group is not None and joins and all(each.left for each in group.members.values()):
-            known = group.members.get(request.rank)
-            if known is None or known.said.nonce != request.nonce:  # another job of that name
+            said = [each.said for each in group.members.values()]
+            if not any(each.nonce == request.nonce or _restarts(request, each) for each in said):  # another job's name
                 self._forget(request.group, group)
                 group = None
         if group is None:

@@ -199,7 +199,7 @@ class Member:
                     await self._ask("leave")
 
     def _at_exit(self) -> None:
-        """A program that ends with its last step, and closes no pool, may have led that for others: they wait for it."""
+        """A program that ends with its last step, and closes no pool: others may wait for what came of that."""
         with suppress(MempoolError, CancelledError):
             run(self._said(), timeout_s=2 * _LEAVING_S)
 

@@ -273,6 +273,24 @@ def test_a_bounded_rank_waits_for_the_slowest() -> None:
     assert home.arrive(0, 4).answer == "arrived"  # type: ignore[union-attr]
 
 
+def test_a_job_whose_ranks_have_all_closed_their_pools_is_the_same_when_its_launcher_starts_it_again() -> None:
+    home = Home(2)
+    for rank in (0, 1):
+        home.ask(rank, "join", launcher="agent")
+    home.ask(0, step=7)
+    for rank in (0, 1):  # an error that all of them met
+        home.ask(rank, "leave")
+    reply = home.ask(1, "join", nonce=12, launcher="agent", restart=1)
+    assert reply is not None
+    assert (reply.answer, reply.step, reply.generation) == ("heard", 7, FIRST + 1)
+    reply = home.ask(0, "join", nonce=11, launcher="agent", restart=1)
+    assert reply is not None
+    assert (reply.answer, reply.step, reply.generation) == ("heard", 7, FIRST + 1)
+    for rank in (0, 1):
+        home.ask(rank, "leave", nonce=11 + rank)
+    assert home.ask(0, "join", nonce=21, launcher="another").step == 0  # type: ignore[union-attr]
+
+
 def test_groups_whose_ranks_are_dead_take_no_room_of_others() -> None:
     home = Home(2)
     parts = part(*range(MAX_BYTES // 8 // 3))
