@@ -16,7 +16,8 @@ class NormedQuery(nn.Module):
 
     Attributes:
         linear: Linear(dim, heads * key_dim).
-        norm: BatchNorm1d(heads * key_dim), whose statistics are of all leading dimensions, or LayerNorm(key_dim).
+        norm: BatchNorm1d(heads * key_dim), whose statistics are of all leading dimensions (of this rank, where several
+            train: ``SyncBatchNorm.convert_sync_batchnorm`` has them of all), or LayerNorm(key_dim).
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class NormedQuery(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         queries: Tensor = self.linear(x)
         shape = (*queries.shape[:-1], self.heads, self.key_dim)
-        if isinstance(self.norm, nn.BatchNorm1d):
+        if not isinstance(self.norm, nn.LayerNorm):  # a SyncBatchNorm may have come in its place
             shape = (math.prod(queries.shape[:-1]), queries.shape[-1])
         normed: Tensor = self.norm(queries.reshape(shape))
         return normed.reshape(queries.shape)
