@@ -180,10 +180,11 @@ class Book(Generic[U]):
             self.open.step_id = StepId(group=group, rank=rank, step=step, generation=generation)
             self._next_step = step + 1
 
-    def pass_over(self, step_id: StepId) -> None:
-        """The open step has another number, if it has this one: another rank has had that one dropped."""
+    def pass_over(self, step_id: StepId, *, by: int = 1) -> None:
+        """The open step has a number that is so much higher, if it has this one: another rank has had that dropped."""
         with self._lock:
             if self.open.step_id == step_id:
+                self._next_step += by - 1
                 self.open.step_id = self._step_id()
 
     def renew(self, generation: int) -> None:
