@@ -14,7 +14,8 @@ import torch
 import mempool
 from mempool.agreement.groups.home import Groups
 from mempool.client import Pool
-from mempool.errors import MempoolError, RankLost
+from mempool.client.training.session import Session
+from mempool.errors import MempoolError, RankLost, ShardUnavailable
 from tests.agreement.ranks import Ranks, push, together
 from tests.unit.client.grpc_pool import GrpcPoolHere
 
@@ -153,6 +154,48 @@ def test_a_leader_that_dies_at_its_commit(here: GrpcPoolHere, decided: bool, pre
         assert ranks.pools[1].table("facts").link.session.commits == 2, "what was read before counts no more"
         ranks.each(lambda rank, pool: step(pool, 2, rank=rank, world_size=2))
         check(ranks, 3)
+
+
+def test_a_step_of_which_one_table_answers_late_counts_once(here: GrpcPoolHere) -> None:
+    other = mempool.TableConfig(name="other", num_slots=SLOTS, value_dim=DIM)
+    with Ranks(here, [config(), other], world_size=2) as ranks:
+        optimizers = [mempool.optim.PoolOptimizer(ranks.tables(rank)) for rank in (0, 1)]
+        cut = cut_off(ranks, decided=True)
+        for rank in (0, 1):
+            push(ranks.pools[rank].table("facts"), 0, rank=rank, world_size=2)
+            push(ranks.pools[rank].table("other"), 0, rank=rank, world_size=2)
+
+        def lead() -> None:
+            with suppress(MempoolError, RuntimeError, asyncio.CancelledError):
+                optimizers[0].step()
+
+        def follow() -> None:
+            for _ in range(100):
+                with suppress(RankLost, ShardUnavailable):
+                    optimizers[1].step()
+                    break
+
+        group = ranks.pools[1].table("facts").link.session.coordinator.group
+        asked, is_decided = [0], group._is_decided  # type: ignore[union-attr]
+
+        async def is_decided_later(session: Session) -> bool:
+            asked[0] += 1
+            if asked[0] == 2:
+                raise ShardUnavailable("its gate starts again")
+            return bool(await is_decided(session))
+
+        group._is_decided = is_decided_later  # type: ignore[union-attr]
+        threading.Thread(target=lead, daemon=True).start()
+
+        def come_back() -> int:
+            assert cut.wait(30.0)
+            ranks.kill(0)
+            return ranks.come_back(0).step
+
+        assert together([follow, come_back]) == [None, 1]
+        assert asked[0] >= 4
+        assert ranks.groups[1].step == 1
+        assert [table.pending for table in ranks.tables(1)] == [0, 0]
 
 
 def test_a_rank_without_updates_learns_as_the_others_that_a_dead_leader_has_committed(here: GrpcPoolHere) -> None:
