@@ -1,6 +1,8 @@
 """Keys that train in the pool have one life with their table: made, dropped, saved, restored, read at a version."""
 
+import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 
 import mempool
 from mempool import errors
+from mempool.client.reading import pinning
+from mempool.client.routing.attempt import Attempt
 from mempool.client.training.tables import prepare_tables
 from mempool.nn import MemoryLayer, PoolOptimizer, reading
 from mempool.optim import SGD
@@ -190,7 +194,7 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
         assert pool.snapshot("then") == {kind: 1}
         with table.at() as seen, table.at("then") as then, table.at(1) as numbered:
             train(table)
-            for at in (seen, then):
+            for at in (seen, then, numbered):
                 for _ in range(2):
                     found = at.lookup(queries, 4)
                     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -198,8 +202,6 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
                     train(table)
             with pytest.raises(errors.InvalidRequest, match=f"table '{kind}:keys' is read at version 1 here"):
                 seen.score(queries, 4).scores.sum().backward()
-            with pytest.raises(errors.InvalidRequest, match="which version of its keys goes with it"):
-                numbered.lookup(queries, 4)
             layer = MemoryLayer(6, table=table, keys="pool", topk=4)
             x = torch.randn(3, 6)
             with torch.no_grad(), reading(layer, seen):
@@ -211,6 +213,89 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
         pool.drop_snapshot("then")
         with pytest.raises(errors.VersionGone):
             table.at("then")
+
+
+class CommitsBetween:
+    """Has a commit come while tables are pinned: once the values are armed for the first time, before the keys are.
+
+    Args:
+        commit: The step.
+        times: How many looks it befalls.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, commit: Callable[[], None], *, times: int) -> None:
+        self.left, self.commit, self.armed = times, commit, asyncio.Event()
+        self.pin = Attempt.pin
+        patch.setattr(Attempt, "pin", lambda attempt, do, *args, **options: self.pinned(attempt, do, args, options))
+
+    async def pinned(self, attempt: Attempt, do: str, args: tuple[Any, ...], options: dict[str, Any]) -> list[int]:
+        if do != "arm" or not self.left:
+            return await self.pin(attempt, do, *args, **options)
+        if not attempt.plan.schema.name.endswith(":keys"):
+            found = await self.pin(attempt, do, *args, **options)
+            self.armed.set()
+            return found
+        await self.armed.wait()
+        self.armed.clear()
+        self.left -= 1
+        await asyncio.to_thread(self.commit)
+        return await self.pin(attempt, do, *args, **options)
+
+
+@pytest.mark.parametrize("how", ["at", "snapshot", "number"])
+def test_values_and_keys_are_of_one_moment_where_commits_come_while_they_are_pinned(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "flat")
+        train(table)
+        between = CommitsBetween(monkeypatch, lambda: train(table), times=3)
+        if how == "at":
+            at = table.at()
+        elif how == "snapshot":
+            assert pool.snapshot("then") == {"flat": 4}
+            at = table.at("then")
+        else:
+            with pytest.raises(errors.VersionGone):  # of version 1 there is nothing any more, when it has looked
+                table.at(1)
+            at = table.at(4)
+        with at:
+            assert not between.left
+            assert (at.version, at.keys.version) == (4, 4)
+            assert torch.equal(at.read_keys(), table.read_keys())
+            assert torch.equal(all_rows(at), all_rows(table))
+        assert not pool.status().shards[0].version_bytes or how == "snapshot"
+
+
+def test_tables_that_never_stand_still_are_not_pinned_at_one_moment(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinning, "MOST_LOOKS", 4)
+    with pools.fresh(1) as pool:
+        table = made(pool, "flat")
+        CommitsBetween(monkeypatch, lambda: train(table), times=5)
+        with pytest.raises(errors.Overloaded, match=r"'flat', 'flat:keys' cannot be pinned at one moment: .* 4 looks"):
+            table.at()
+        assert not any(seen.pins for shard in pool.status().shards for seen in shard.tables)
+        with table.at() as seen:
+            assert seen.version == 5
+
+
+def test_keys_that_nobody_has_pinned_with_a_version_are_gone(pools: Pools) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "flat")
+        keys_id, table_id = table.keys.schema.table_id, table.schema.table_id
+        alone = loop.run(pinning.pin_newest(pool.router, [table_id]), timeout_s=30)
+        assert alone.versions == {table_id: 0}
+        before = all_rows(table)
+        train(table)
+        with table.at(0) as seen:
+            assert torch.equal(all_rows(seen), before)
+            with pytest.raises(errors.VersionGone, match="nobody keeps its keys as they were then: take table"):
+                seen.lookup(torch.randn(2, 8), 4)
+        with table.at(1) as seen:
+            assert seen.keys.version == table.at().keys.version == 1
+            assert keys_id in {each.table_id for each in pool.status().shards[0].tables}
 
 
 def test_zeroing_and_freezing_reach_the_keys(pools: Pools) -> None:

@@ -107,10 +107,10 @@ class PinnedReaderLife(_Life):
         if self.random.random() < 0.5:
             router.forget(table_id)  # as one that knows of no version
         asked_s = self.now_s()
-        pinned = await self.tried("a pin", self._unless_gone(pin_newest(router, table_id)), view)
+        pinned = await self.tried("a pin", self._unless_gone(pin_newest(router, [table_id])), view)
         if not pinned:
             return
-        pin, version = pinned
+        pin, version = pinned.pin, pinned.versions[table_id]
         history.pinned[pin] = Pinned(table_id, version, asked_s)
         reading = router.at(pin)
         for _ in range(self.random.randint(1, 6)):

@@ -22,7 +22,7 @@ from mempool.client.training.begun import BegunGather
 from mempool.client.training.commitment import Prepared
 from mempool.client.training.link import TableLink
 from mempool.client.training.session import Session
-from mempool.errors import InvalidRequest
+from mempool.errors import InvalidRequest, VersionGone
 from mempool.types import TableSchema
 from mempool.types.bags import Act, Bags
 from mempool.wire.channels import loop
@@ -96,9 +96,9 @@ class TableAt(Table):
     def keys(self) -> Table:
         """As of the table, read at a version, too."""
         if self.trains_keys and self._keys is None:
-            raise InvalidRequest(
-                f"table {self.name!r} is read at version {self.version}, given as a number, and which version of its "
-                "keys goes with it is not known: take table.at(), or a snapshot's name, or gather by ids"
+            raise VersionGone(
+                f"table {self.name!r} is read at version {self.version}, given as a number, and nobody keeps its keys "
+                "as they were then: take table.at(), or a snapshot's name, or gather by ids"
             )
         return super().keys
 

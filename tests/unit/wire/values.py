@@ -267,6 +267,7 @@ CASES: dict[Method[Any, Any], Case] = {
             version=U64,
             name=TEXT,
             lease_s=SECONDS,
+            beside=st.none() | U64,
         ),
         data_pb2.PinReply,
         build(types.PinReply, **STAMPED, version=U64),
