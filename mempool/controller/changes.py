@@ -326,13 +326,11 @@ class TableChanges:
                 request = attached(last.view, origin)
                 await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, last.schema.name)
-            views, before = [], []
-            for making in makings:
-                before.append(self._roster.find(making.schema.name))
-                views.append(await self._confirm(making, infos))
-            for view in filter(None, before):  # of two of one name the later one is the pool's, whoever hears of both
-                await self._drop_replaced(view.schema.table_id, infos)
-            return views[-1]
+            before = [self._roster.find(making.schema.name) for making in makings]
+            view = await self._confirm(makings, infos)
+            for gone in filter(None, before):  # of two of one name the later one is the pool's, whoever hears of both
+                await self._drop_replaced(gone.schema.table_id, infos)
+            return view
         except BaseException:
             for making in makings:
                 if making.view is not None:
@@ -353,16 +351,18 @@ class TableChanges:
             view = self._roster.save(view, origin.source, origin.ledger.version)
         making.view = view
 
-    async def _confirm(self, making: Making, infos: tuple[ShardInfo, ...]) -> TableView:
-        """All shards have it: one is told that it is made, which decides it, then the others."""
-        view = making.view
-        assert view is not None, "shards have it"
-        made = AttachTable(view=view, mode="confirm")
-        making.asked = True
+    async def _confirm(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> TableView:
+        """All shards have them: one is told that they are made, which decides it for all of them at once, then the
+        others. Returns the last one's view."""
+        views = [making.view for making in makings if making.view is not None]
+        assert len(views) == len(makings), "shards have them"
+        made = AttachTable(view=views[-1], mode="confirm", also=tuple(view.schema.table_id for view in views[:-1]))
+        for making in makings:
+            making.asked = True
         await self._calls.call(infos[0], lambda host: host.attach_table(made))
-        view = self._roster.put(view.schema, view.placement, saved=view.saved)
-        await self._telling.confirm(view, infos[1:])
-        return view
+        views = [self._roster.put(view.schema, view.placement, saved=view.saved) for view in views]
+        await self._telling.confirm(replace(made, view=views[-1]), infos[1:])
+        return views[-1]
 
     async def _fork(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> None:
         """Have all shards hold them, with ``changing`` held: the other tables' pages stay where they are."""

@@ -16,6 +16,7 @@ from mempool.client.routing.attempt import Attempt
 from mempool.client.training.tables import prepare_tables
 from mempool.nn import MemoryLayer, PoolOptimizer, reading
 from mempool.optim import SGD
+from mempool.types import ForkTable
 from mempool.wire.channels import loop
 
 from .conftest import Pools
@@ -139,6 +140,30 @@ def test_a_fork_has_them_and_so_has_what_is_reset(pools: Pools, kind: str) -> No
         assert names_of(pool) == sorted([kind, f"{kind}:keys"])
         with pytest.raises(errors.InvalidRequest, match="the table of another one's keys"):
             keys.fork("other")
+
+
+def test_a_reset_elsewhere_gives_nobody_the_values_of_one_table_and_the_keys_of_another(pools: Pools) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "flat")
+        train(table)
+        before = everything_of(table)
+        fork = table.fork("fork")
+        train(table)
+        kept = table.at()
+        queries = torch.randn(5, 8)
+        table.score(queries, 4)  # where the keys are is known
+        # What another client does: nothing of it is known here.
+        schema, to = table.schema, fork.schema
+        request = ForkTable(table="fork", table_id=to.table_id, name="flat", replace=True, newest_id=2**62)
+        loop.run(pool._api.fork(request), timeout_s=60)
+        for _ in range(2):
+            with pytest.raises(errors.NotFound, match=rf"'flat' is another one by now \(id \d+, not {schema.table_id}"):
+                table.score(queries, 4)
+        with pytest.raises(errors.MempoolError):
+            kept.lookup(queries, 4)
+        assert pool.reopen("flat") is table
+        assert_same(everything_of(table), before)
+        assert torch.equal(table.score(queries, 4).ids, fork.score(queries, 4).ids)
 
 
 @pytest.mark.parametrize("kind", KEYS)

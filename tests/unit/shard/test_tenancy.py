@@ -260,3 +260,27 @@ def test_a_table_that_was_dropped_does_not_come_back_and_is_remembered(
     for table_id in (1, 7, 8, 9):
         driver.call(driver.host(0).drop_table(table_id))
     assert driver.call(driver.host(0).status()).dropped == (7, 8, 9)
+
+
+def test_tables_are_confirmed_together_or_not_at_all(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    host, view = driver.host(0), driver.placed
+    made = []
+    for number in (7, 8):
+        schema = replace(view.schema, table_id=number, name=f"table {number}")
+        made.append(replace(view, schema=schema, placement=replace(view.placement, table_id=number)))
+        driver.call(host.attach_table(AttachTable(view=made[-1], mode="initialise", pending=True)))
+
+    def pending() -> set[int]:
+        return {table.table_id for table in driver.call(host.status()).tables if table.pending}
+
+    confirmed = AttachTable(view=made[0], mode="confirm", also=(8,))
+    with pytest.raises(NotFound, match="no table 9"):
+        driver.call(host.attach_table(replace(confirmed, also=(8, 9))))
+    with pytest.raises(InvalidRequest, match=r'only "confirm" names others, at most 8'):
+        driver.call(host.attach_table(replace(confirmed, mode="initialise")))
+    with pytest.raises(InvalidRequest, match="9 tables are named beside table 'table 7'"):
+        driver.call(host.attach_table(replace(confirmed, also=tuple(range(9)))))
+    assert pending() == {7, 8}
+    driver.call(host.attach_table(confirmed))
+    assert pending() == set()
