@@ -231,6 +231,11 @@ class Tenancy:
         if self.tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while it was being made", shard=self._info.shard)
         try:
+            if table.forked is not None and table.fork_of not in self.tables:
+                raise NotFound(
+                    f"table {table.fork_of} was dropped while a fork of it, table {table.view.schema.name!r}, was made",
+                    shard=self._info.shard,
+                )
             return table.fill()
         except Exception as error:
             self.drop(table.table_id)  # half a table must not answer

@@ -15,7 +15,8 @@ import torch
 
 from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RequestTooLarge, ShardUnavailable
 from mempool.shard import tenancy
-from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, LedgerEntry, UpdateRequest
+from mempool.shard.forks import forked
+from mempool.types import AttachTable, ExportPages, ForkPoint, GatherRequest, Ledger, LedgerEntry, UpdateRequest
 from mempool.types.caller import Caller, calling
 from tests.contract.bags import make_bags
 from tests.contract.driver import Driver, make_schema, same
@@ -284,3 +285,27 @@ def test_tables_are_confirmed_together_or_not_at_all(make_driver: MakeDriver) ->
     assert pending() == {7, 8}
     driver.call(host.attach_table(confirmed))
     assert pending() == set()
+
+
+def test_a_fork_ends_where_its_table_is_dropped_before_it_is_ready(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver().create(make_schema())
+    host, view = driver.host(0), driver.placed
+    base_id = view.schema.table_id
+    moved = []
+
+    def share(*_: Any) -> int:  # of a table that is never ready
+        moved.append(1)
+        if len(moved) == 3:
+            host._tenancy.drop(base_id)  # type: ignore[attr-defined]
+        assert len(moved) <= 3, "nothing of a table that is gone is moved"
+        return 1
+
+    monkeypatch.setattr(forked, "share", share)
+    schema = replace(view.schema, table_id=7, name="fork")
+    fork = replace(view, schema=schema, placement=replace(view.placement, table_id=7))
+    point = ForkPoint(table_id=base_id)
+    with pytest.raises(NotFound, match=rf"table {base_id} was dropped while a fork of it, table 'fork', was made"):
+        driver.call(host.attach_table(AttachTable(view=fork, mode="fork", pending=True, fork=point)))
+    assert driver.call(host.status()).tables == ()
