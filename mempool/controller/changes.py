@@ -1,10 +1,11 @@
 """Creating and dropping tables. A creation is a task of the controller: it outlives the call that asked for it.
 
 The life of one: its schema is checked and its name taken; it waits for a rescale to end; it is placed, on a thread;
-every shard attaches it as pending and fills its pages, while others change tables too. A fork is attached likewise, while
-all else may change, and has its turn once more: for the moment, if pages and shards are what they were. One shard is told that it is
-made, which decides it: it is a table of the roster, and the others are told. A repeat of the call joins in, a drop of
-its name ends it, a failure leaves nothing behind; what a controller that dies leaves, ``agreement.recovery`` ends.
+every shard attaches it as pending and fills its pages, while others change tables too. A fork is attached likewise,
+while all else may change, and has its turn once more: for the moment, if pages and shards are what they were. One shard
+is told that it is made, which decides it: it is a table of the roster, and the others are told. A repeat of the call
+joins in, a drop of its name ends it, a failure leaves nothing behind; what a controller that dies leaves,
+``agreement.recovery`` ends.
 """
 
 import asyncio
