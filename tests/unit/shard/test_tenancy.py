@@ -309,3 +309,39 @@ def test_a_fork_ends_where_its_table_is_dropped_before_it_is_ready(
     with pytest.raises(NotFound, match=rf"table {base_id} was dropped while a fork of it, table 'fork', was made"):
         driver.call(host.attach_table(AttachTable(view=fork, mode="fork", pending=True, fork=point)))
     assert driver.call(host.status()).tables == ()
+
+
+def test_what_a_fork_has_still_to_share_at_its_moment_is_moved_while_others_are_served(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that have come to the table since it was prepared, as many as a move brings."""
+    driver = make_driver().create(make_schema())
+    host, view = driver.host(0), driver.placed
+    schema = replace(view.schema, table_id=7, name="fork")
+    fork = replace(view, schema=schema, placement=replace(view.placement, table_id=7))
+    point = ForkPoint(table_id=view.schema.table_id)
+    driver.call(host.attach_table(AttachTable(view=fork, mode="fork", pending=True, fork=point)))
+    version = driver.freeze(0, token="moment")
+    share, pieces, served, in_take = forked.share, [0], threading.Event(), [0]
+    gathering: list[Any] = []
+
+    def some(*args: Any) -> int:
+        pieces[0] += 1
+        if pieces[0] == 1:
+            gathering.append(driver.submit(host.gather(_gather(driver))))
+            gathering[0].add_done_callback(lambda _: served.set())
+        return 1 if not served.wait(0.02) and pieces[0] < 500 else share(*args)
+
+    def take(self: forked.ForkedPages) -> None:
+        assert served.is_set(), "nobody was served before the moment"
+        before = pieces[0]
+        forked_take(self)
+        in_take[0] = pieces[0] - before
+
+    forked_take = forked.ForkedPages.take
+    monkeypatch.setattr(forked, "share", some)
+    monkeypatch.setattr(forked.ForkedPages, "take", take)
+    point = replace(point, token="moment", version=version)
+    driver.call(host.attach_table(AttachTable(view=fork, mode="forked", pending=True, fork=point)))
+    assert gathering[0].result(20).values.shape == (4, 10)
+    assert in_take == [1], "only a look whether anything is left"
