@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
-from mempool.controller.saving.alike import differences, require_alike
+from mempool.controller.saving.alike import differences, require_alike, require_no_key_table
 from mempool.controller.saving.forking import Fork, Forking, forked_view
 from mempool.controller.saving.making import Making, Origin, attached, creation
 from mempool.controller.telling import Telling
@@ -75,8 +75,8 @@ class TableChanges:
         self._changing = changing
         self._making: dict[str, Making] = {}
 
-    async def create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
-        """Make a table, or wait for the one that is being made of the same schema, from the same origin.
+    async def create(self, schema: TableSchema) -> TableView:
+        """Make a table, or wait for the one that is being made of the same schema.
 
         Raises:
             InvalidRequest: The schema is wrong, or the pool has too many tables or pages.
@@ -86,18 +86,35 @@ class TableChanges:
             MempoolError: A shard could not attach it; it is on none then.
         """
         check_schema(schema)
-        if origin is None:
-            require_no_key_table(schema.name, "made")
-        return await self._create(schema, origin)
+        require_no_key_table(schema.name, "made")
+        return await self._create(schema)
+
+    async def restore(self, tables: Sequence[tuple[TableSchema, Origin]]) -> tuple[TableView, ...]:
+        """Make tables of a checkpoint's, each at once with that of its keys, if that is among them. Returns all views.
+        Raises as ``create`` does."""
+        names = {key_table_name(schema.name) for schema, _ in tables}
+        of_keys = {schema.name: (schema, origin) for schema, origin in tables if schema.name in names}
+        own = [(schema, origin) for schema, origin in tables if schema.name not in names]
+        made = await asyncio.gather(
+            *(
+                self._create(*each, keys=[keys] if (keys := of_keys.get(key_table_name(each[0].name))) else [])
+                for each in own
+            ),
+            return_exceptions=True,
+        )
+        for view in made:
+            if isinstance(view, BaseException):
+                raise view
+        return tuple(self._roster.view(schema.name) for schema, _ in tables)
 
     async def _create(
         self,
         schema: TableSchema,
         origin: Origin | Fork | None = None,
         *,
-        keys: Sequence[tuple[TableSchema, Fork]] = (),
+        keys: Sequence[tuple[TableSchema, Origin | Fork]] = (),
     ) -> TableView:
-        """keys: That of the keys of a fork."""
+        """keys: That of its keys, of a table that is restored or a fork."""
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
@@ -290,8 +307,7 @@ class TableChanges:
         return await self._create(schema, fork, keys=keys)
 
     async def _make(self, making: Making, *keys: Making) -> TableView:
-        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own, a fork's come
-        with it."""
+        """The table, and before it that of the keys that it trains; a checkpoint's, or a fork's, come with it."""
         if making.origin is not None:
             return await self._make_all((*keys, making))
         name, own = making.schema.name, key_table(making.schema)
@@ -309,7 +325,7 @@ class TableChanges:
             raise
 
     async def _make_all(self, makings: Sequence[Making]) -> TableView:
-        """One table; or one that is a fork, the last, and before it that of its keys. Returns the last one's view."""
+        """One table; or one that is restored, or a fork, the last, and before it that of its keys. Returns its view."""
         infos: tuple[ShardInfo, ...] = ()
         last = makings[-1]
         try:
@@ -324,15 +340,14 @@ class TableChanges:
                     await self._telling.require_settled(())
                     forks = self._plan_forks(makings, infos)
                 else:
-                    await self._plan(last, origin, infos)
+                    for making in makings:
+                        await self._plan(making, infos)
             if isinstance(origin, Fork):
                 await self._forking.prepare(forks, infos)
                 async with self._changing:
                     await self._take_forks(makings, forks, infos)
             else:
-                assert last.view is not None, "it is planned"
-                request = attached(last.view, origin)
-                await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
+                await asyncio.gather(*(self._fill(making, infos) for making in makings))
             self._require_same(infos, last.schema.name)
             before = [self._roster.find(making.schema.name) for making in makings]
             view = await self._confirm(makings, infos)
@@ -351,13 +366,21 @@ class TableChanges:
         self._roster.dropped.add(table_id)
         await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
 
-    async def _plan(self, making: Making, origin: Origin | None, infos: tuple[ShardInfo, ...]) -> None:
+    async def _plan(self, making: Making, infos: tuple[ShardInfo, ...]) -> None:
+        origin = making.origin
+        assert not isinstance(origin, Fork), "its pages are where the other table's are"
         schema = replace(making.schema, table_id=making.table_id)
         view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos, self._roster.controller))
         self._roster.unfinished.add(making.table_id)
         if origin is not None and origin.source.checkpoint:
             view = self._roster.save(view, origin.source, origin.ledger.version)
         making.view = view
+
+    async def _fill(self, making: Making, infos: tuple[ShardInfo, ...]) -> None:
+        assert making.view is not None, "it is planned"
+        assert not isinstance(making.origin, Fork), "it is filled by its moment"
+        request = attached(making.view, making.origin)
+        await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
 
     async def _confirm(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> TableView:
         """All shards have them: one is told that they are made, which decides it for all of them at once, then the
@@ -455,16 +478,6 @@ class TableChanges:
         assert making.task is not None
         making.task.cancel()
         await asyncio.wait([making.task])
-
-
-def require_no_key_table(name: str, what: str) -> None:
-    """Raises InvalidRequest for the name of a table of keys, which has no life of its own. what: "made", "saved"."""
-    if name.endswith(key_table_name("")):
-        owner = name.removesuffix(key_table_name(""))
-        raise InvalidRequest(
-            f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
-            "was changed."
-        )
 
 
 def first_view(

@@ -1,9 +1,10 @@
-"""In what tables differ, for people, and whether one may take the place of another."""
+"""In what tables differ, for people, and which may be asked for, and take the place of which."""
 
 from collections.abc import Collection
 
-from mempool.errors import AlreadyExists
+from mempool.errors import AlreadyExists, InvalidRequest
 from mempool.types import KeySpec, TableSchema, TableSource
+from mempool.types.keys import key_table_name
 from mempool.types.schema_checks import shown
 from mempool.types.schema_differences import schema_differences
 
@@ -11,6 +12,16 @@ _OF_PAGES = ("layout", "block_dim", "page_slots", "seed", "init_std")
 _OF_RATES = ("lr", "eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay", "max_norm")
 _MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
 """A table may take the place of one that differs in these: who uses it finds what it knows."""
+
+
+def require_no_key_table(name: str, what: str) -> None:
+    """Raises InvalidRequest for the name of a table of keys, which has no life of its own. what: "made", "saved"."""
+    if name.endswith(key_table_name("")):
+        owner = name.removesuffix(key_table_name(""))
+        raise InvalidRequest(
+            f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
+            "was changed."
+        )
 
 
 def require_alike(present: TableSchema, schema: TableSchema, source: TableSource) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,12 +80,33 @@ def test_a_table_and_its_keys_are_reset_at_once_whenever_the_controller_dies(
         assert torch.equal(found.rows(EVERYTHING), before.rows(EVERYTHING))
         assert torch.equal(found.read_keys(), before.read_keys())
         assert (found.step_count(), found.keys.step_count()) == (0, 0)
-        assert sorted(view.schema.name for view in run(heir.tables(), timeout_s=CALL_S)) == [
-            "before",
-            "before:keys",
-            "facts",
-            "facts:keys",
-        ]
+        assert names_of(heir) == ["before", "before:keys", "facts", "facts:keys"]
+
+
+def names_of(controller: Controller) -> list[str]:
+    """Of all tables, those of keys too."""
+    return sorted(view.schema.name for view in run(controller.tables(), timeout_s=CALL_S))
+
+
+def test_a_table_and_its_keys_are_restored_at_once_whenever_the_controller_dies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.0)
+    with Bench(2) as bench:
+        keys = mempool.FlatKeys(key_dim=8, optimizer=SGD(lr=0.1))
+        table = bench.pool.create_table(mempool.TableConfig(name="facts", num_slots=600, value_dim=8, keys=keys))
+        rows, own = table.rows(EVERYTHING), table.read_keys()
+        bench.pool.checkpoint(tmp_path)
+        table.lookup(torch.randn(4, 8), 5).values.sum().backward()
+        table.commit()
+        dying = DiesHaving(bench)
+        with suppress(errors.MempoolError):
+            bench.pool.restore(tmp_path, replace=True)
+        heir = dying.heir()
+        found = bench.pool_of(heir).table("facts")
+        assert torch.equal(found.rows(EVERYTHING), rows)
+        assert torch.equal(found.read_keys(), own)
+        assert names_of(heir) == ["facts", "facts:keys"]
 
 
 class Held:
