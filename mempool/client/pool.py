@@ -311,8 +311,8 @@ class Pool(Keeping):
 
         It is in the memory of the shards, as ``Table.at`` keeps it, and nobody waits for it. It goes where that takes
         more than it may, where pages move, and where a shard is started anew: what must not go is a ``checkpoint``.
-        Each table is of one version over all shards, with every commit that was acknowledged before; tables are pinned
-        each by itself, so that a step of several that is committed meanwhile may be in one of them and not in another.
+        Each table is of one version over all shards, with every commit that was acknowledged before, and the tables are
+        of one moment: a step of several that is committed meanwhile is in all of them or in none.
 
         Args:
             name: At most 64 bytes; not "latest".
@@ -325,6 +325,7 @@ class Pool(Keeping):
             AlreadyExists: A table has a snapshot of that name; none was taken.
             NotFound: There is no such table.
             VersionGone: There is too little room for it.
+            Overloaded: Others commit to these tables so often that no moment between two commits was found.
             ShardUnavailable: A shard did not answer within timeout_s.
         """
         return self._connection.run(take_snapshot(self.router, checked_name(name), tables, views=self._list_tables))

@@ -155,6 +155,7 @@ class Services:
                 pending=request.pending,
                 source=request.source,
                 fork=request.fork,
+                also=request.also,
             )
             await shard.attach_table(attached)
 

@@ -319,6 +319,9 @@ class Engine:
         """
         if request.mode == "restore":
             check_source(request.source)
+        fill = partial(self._thread.run, "fill", caller=_TABLES)
+        while request.mode == "forked" and not await fill(self._changes.prepare_fork, request):
+            pass  # what has come since it was attached
         table = await self._control("attach_table", self._changes.attach, request)
         if request.mode in ("confirm", "forked"):
             return
@@ -327,7 +330,7 @@ class Engine:
         if request.mode == "restore":
             await self._restoring.restore(table, request)
             return
-        while not await self._thread.run("fill", self._changes.fill, table, caller=_TABLES):
+        while not await fill(self._changes.fill, table):
             pass
 
     async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
@@ -335,16 +338,14 @@ class Engine:
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float, renew: bool = False) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
-        version: int
         try:
             async with asyncio.timeout(timeout_s):
-                version = await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s, renew))
+                return int(await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s, renew)))
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise
             give_up = partial(self._tenancy.give_up_freeze, timeout_s=timeout_s)
-            version = await self._control("freeze", give_up, (table_id, token))
-        return version
+            return int(await self._control("freeze", give_up, (table_id, token)))
 
     async def thaw(self, table_id: int, *, token: str = "") -> None:
         bounds.check_token(token)

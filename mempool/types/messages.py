@@ -478,6 +478,8 @@ class PinRequest:
         version: Of "settle": at which; of "attach": which, where no name is given.
         name: Of a snapshot, which has no lease once it is settled; "": it is a reader's.
         lease_s: A pin that is not renewed for so long is over.
+        beside: Of the table of a table's keys, a version of that table: of "settle": whose keys these are; of "attach",
+            in place of ``version``: what was settled so.
     """
 
     envelope: Envelope
@@ -486,6 +488,7 @@ class PinRequest:
     version: int = 0
     name: str = ""
     lease_s: float = 0.0
+    beside: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

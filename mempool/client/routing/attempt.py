@@ -288,11 +288,15 @@ class Attempt:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
         await write_rows(self._fanout, array, ids, rows, write=write)
 
-    async def pin(self, do: PinAction, pin: str, *, version: int = 0, name: str = "", lease_s: float) -> list[int]:
+    async def pin(
+        self, do: PinAction, pin: str, *, version: int = 0, name: str = "", lease_s: float, beside: int | None = None
+    ) -> list[int]:
         """What becomes of a pin at every owner: the version of it at each."""
 
         async def ask(host: ShardHost, envelope: Envelope) -> int:
-            request = PinRequest(envelope=envelope, do=do, pin=pin, version=version, name=name, lease_s=lease_s)
+            request = PinRequest(
+                envelope=envelope, do=do, pin=pin, version=version, name=name, lease_s=lease_s, beside=beside
+            )
             reply = await host.pin(request)
             self._fanout.saw(reply.version)
             return reply.version

@@ -165,6 +165,7 @@ class GrpcShard:
             source=request.source,
             fork=request.fork,
             known=known,
+            also=request.also,
         )
         try:
             await self._call(methods.ATTACH_TABLE, asked)

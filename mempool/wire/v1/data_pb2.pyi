@@ -2006,6 +2006,7 @@ class PinRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     do: Global___PinAction.ValueType
     """What becomes of it."""
     pin: _builtins.str
@@ -2018,6 +2019,10 @@ class PinRequest(_message.Message):
     """
     lease_s: _builtins.float
     """Seconds after which it is over unless it is renewed, at most 600."""
+    beside: _builtins.int
+    """Of the table of a table's keys: a version of that table. To settle: these are its keys at that version. To attach, in place
+    of version: what was settled so.
+    """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -2031,12 +2036,15 @@ class PinRequest(_message.Message):
         version: _builtins.int = ...,
         name: _builtins.str = ...,
         lease_s: _builtins.float = ...,
+        beside: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beside", b"_beside", "beside", b"beside", "envelope", b"envelope"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["do", b"do", "envelope", b"envelope", "lease_s", b"lease_s", "name", b"name", "pin", b"pin", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beside", b"_beside", "beside", b"beside", "do", b"do", "envelope", b"envelope", "lease_s", b"lease_s", "name", b"name", "pin", b"pin", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__beside: _TypeAlias = _typing.Literal["beside"]  # noqa: Y015
+    _WhichOneofArgType__beside: _TypeAlias = _typing.Literal["_beside", b"_beside"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beside) -> _WhichOneofReturnType__beside | None: ...
 
 Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
 

@@ -267,6 +267,7 @@ CASES: dict[Method[Any, Any], Case] = {
             version=U64,
             name=TEXT,
             lease_s=SECONDS,
+            beside=st.none() | U64,
         ),
         data_pb2.PinReply,
         build(types.PinReply, **STAMPED, version=U64),
@@ -301,7 +302,9 @@ CASES: dict[Method[Any, Any], Case] = {
             source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
             fork=st.none() | build(types.ForkPoint, table_id=U64, token=TEXT, version=U64),
         )
-        | build(AttachView, view=st.none(), mode=st.just("confirm"), known=KNOWN),
+        | build(
+            AttachView, view=st.none(), mode=st.just("confirm"), known=KNOWN, also=st.lists(U64, max_size=3).map(tuple)
+        ),
         shard_pb2.AttachTableReply,
         st.none(),
     ),
