@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,7 @@ class FactsComparison:
         found = []
         for seed in range(self._options.seeds):
             one = replace(setup, seed=seed, epochs=self._options.epochs)
-            found.append(
-                self._study.run(name.format(seed=seed), lambda one=one: self._task.run(one, self._pool, sizes=sizes))
-            )
+            found.append(self._study.run(name.format(seed=seed), partial(self._task.run, one, self._pool, sizes=sizes)))
         return found
 
     def _rates(self, kind: str) -> Rates:
@@ -184,15 +183,14 @@ def compare_language(
     words = sum(len(stream) for stream in task.tokens.values())
     settings = settings_of(sizes=task.sizes, text=source, words=words, steps=options.steps)
     study = Study(options.out / "language", settings, say=console.print)
-    runs, rates = {}, {}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    rates: dict[str, Rates] = {}
     for kind in kinds:
         rates[kind] = tuned(kind in WITH_TABLES, _perplexity_of(kind, task, study, pool, options.steps // 2))
         runs[kind] = []
         for seed in range(options.seeds):
             setup = Setup(kind, seed, rates[kind].lr, rates[kind].table_lr)
-            runs[kind].append(
-                study.run(f"{kind}/seed-{seed}", lambda setup=setup: task.run(setup, pool, steps=options.steps))
-            )
+            runs[kind].append(study.run(f"{kind}/seed-{seed}", partial(task.run, setup, pool, steps=options.steps)))
     console.print(report.language_table(runs, rates, tokens=words))
     return {kind: {"rates": settings_of(rates=rates[kind])["rates"], "runs": runs[kind]} for kind in kinds}
 

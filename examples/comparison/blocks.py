@@ -269,7 +269,12 @@ class Blocks(nn.Module):
             "dense": lambda: FeedForward(sizes.dim, plan.hidden),
             "moe": lambda: Mixture(sizes.dim, plan.hidden, sizes.experts),
         }
-        common = {"heads": sizes.heads, "topk": sizes.topk, "key_dim": sizes.key_dim, "query_norm": "batch"}
+        common: dict[str, Any] = {
+            "heads": sizes.heads,
+            "topk": sizes.topk,
+            "key_dim": sizes.key_dim,
+            "query_norm": "batch",
+        }
         common |= options or {}
         if "peer" in plan.parts:
             experts = tables.make("experts", num_slots=sizes.peer_experts, value_dim=2 * sizes.dim, layout="rows")

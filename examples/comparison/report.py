@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,10 +103,8 @@ def scaling_table(curve: Mapping[int, Sequence[dict[str, Any]]]) -> Table:
 def plot_scaling(curve: Mapping[int, Sequence[dict[str, Any]]], path: Path, *, console: Console) -> None:
     """A PNG of exact match against slots, where matplotlib is installed; else it says what to install."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        importlib.import_module("matplotlib").use("Agg")
+        pyplot: Any = importlib.import_module("matplotlib.pyplot")
     except ImportError:
         console.print("no picture: matplotlib is not installed (pip install 'mempool[bench]')")
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,16 +61,18 @@ class Learner:
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
-        for each in (*self._optimizers, *self._schedulers):
-            each.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
+        for scheduler in self._schedulers:
+            scheduler.step()
         self.steps += 1
 
-    def train(self, losses: Iterable[object]) -> None:
+    def train(self, losses: Iterable[Callable[[], Tensor]]) -> None:
         """All steps: each of ``losses`` is a function that computes one."""
         self.model.train()
         for loss in losses:
             start_s = time.perf_counter()
-            self.step(loss())  # type: ignore[operator]
+            self.step(loss())
             self.seconds += time.perf_counter() - start_s
 
 
