@@ -144,10 +144,12 @@ class Book(Generic[U]):
                 self.closing, self.open = step, self._step()
             return self.closing
 
-    def renumber(self) -> None:
-        """The closing step goes on under a new number, as its old one is over; the open one's is above that."""
+    def renumber(self, past: int = 0) -> None:
+        """The closing step goes on under a new number, as its old one is over; the open one's is above that. past: So
+        many numbers are left out."""
         with self._lock:
             assert self.closing is not None
+            self._next_step += past
             self.given_up.append(self.closing.step_id)
             self.closing.step_id = self._step_id()
             if self.open.updates:
