@@ -85,8 +85,8 @@ class Apply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renumber:
-    """The step's numbers are over: give it new ones, and say ``Renumbered``. past: So many more are passed over, as those
-    of other ranks' dropped steps may be over, too."""
+    """The step's numbers are over: give it new ones, and say ``Renumbered``. past: So many more are left out, as others
+    may be over, too."""
 
     past: int = 0
 
