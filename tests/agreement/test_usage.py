@@ -1,6 +1,7 @@
 """Counts of use equal a brute-force count, wherever slots are, and go with their table; dead slots begin anew."""
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mempool.errors import AlreadyExists, InvalidRequest, StepConflict
 from mempool.nn import PEERLayer
 from mempool.optim import SGD, Adagrad, Adam, AdamW
 from mempool.types.usage import Tally, usage_of
+from tests.agreement.ranks import Ranks
+from tests.unit.client.grpc_pool import GrpcPoolHere
 
 from .conftest import Pools
 from .reference import all_rows
@@ -302,3 +305,35 @@ def test_nobody_begins_anew_under_another_ones_step(pools: Pools) -> None:
         count.check()
         held.discard()
         assert table.reinit(seed=1).slots.numel() == table.usage().dead
+
+
+def test_uses_of_all_ranks_are_counted_and_one_of_them_says_what_begins_anew() -> None:
+    here = GrpcPoolHere(shards=2)
+    barrier = threading.Barrier(2, timeout=30)
+    pushed: list[Tensor] = []
+    try:
+        with Ranks(here, [mempool.TableConfig(name="facts", **TABLE)], world_size=2) as ranks:
+
+            def train(rank: int, pool: Pool) -> None:
+                table, random = pool.table("facts"), torch.Generator().manual_seed(rank)
+                for number in range(3):
+                    ids = torch.randint(0, 150, (6, 5), generator=random)
+                    pushed.append(ids)
+                    table.gather(ids, torch.rand(6, 5, generator=random)).square().sum().backward()
+                    if number == 1:  # both have pushed, and nothing is decided
+                        barrier.wait()
+                        if rank:
+                            with pytest.raises(StepConflict, match="are pending here"):
+                                table.reinit()
+                        barrier.wait()
+                    assert table.commit() == 1
+                    barrier.wait()
+                    if rank and number == 1:
+                        assert table.reinit(noise=0.1).slots.shape[0] == table.usage().dead
+                    barrier.wait()
+
+            ranks.each(train)
+            uses = ranks.pools[0].table("facts").usage(EVERY).uses
+    finally:
+        here.close()
+    assert torch.equal(uses, torch.bincount(torch.cat(pushed).flatten(), minlength=SLOTS))

@@ -40,6 +40,7 @@ def step(tables: list[Table], layer: PEERLayer, number: int) -> None:
     if number == 3:
         for table in tables[:2]:
             table.reinit(noise=0.1, seed=number)
+            table.reinit([0, 1, 2], from_=[197, 198, 199], force=True)  # which have a past to lose
 
 
 def held(tables: list[Table]) -> dict[str, Tensor]:
@@ -67,7 +68,7 @@ def test_what_was_counted_outlives_the_process(
             step(tables, layer, number)
         never_died = held(tables)
     assert never_died["experts uses"].sum() == 6 * 6 * 2 * 3
-    assert never_died["facts uses"].sum() == 6 * 8 * 5  # those that began anew had none
+    assert 0 < never_died["facts uses"].sum() < 6 * 8 * 5
     if snapshots:
         monkeypatch.setitem(Store.__init__.__kwdefaults__, "journal_limit", 2**15)
     with mempool.local(tmp_path / "0", shards=2) as pool:
