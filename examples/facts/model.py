@@ -9,6 +9,7 @@ K top-k, n half-keys, V value dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,10 @@ class ModelSize:
     heads: int = 4
     topk: int = 16
     key_dim: int = 128
+
+
+FLAT = ModelSize(heads=1, topk=16)
+"""With a key for each slot: one query."""
 
 
 class QuestionEncoder(nn.Module):
@@ -103,13 +108,15 @@ class DenseBlock(nn.Module):
 
 
 def memory_block(table: mempool.Table, *, size: ModelSize) -> memory_nn.MemoryLayer:
-    """A Memory+ layer whose values live in the pool and whose keys and projections are this model's.
+    """A Memory+ layer whose values live in the pool and whose keys and projections are this model's; or keys, too,
+    where the table trains them.
 
     Batch norm behind the query projection, as in "Large Memory Layers with Product Keys" (arXiv 1907.05242, section
     4.5): it takes away what all questions share, so that they do not all look up the same slots.
     """
+    keys: Literal["model", "pool"] = "pool" if table.trains_keys else "model"
     return memory_nn.MemoryLayer(
-        size.dim, table=table, heads=size.heads, topk=size.topk, key_dim=size.key_dim, query_norm="batch"
+        size.dim, table=table, keys=keys, heads=size.heads, topk=size.topk, key_dim=size.key_dim, query_norm="batch"
     )
 
 

@@ -95,6 +95,9 @@ class MemoryLayer(FindsSlots):
         table: The table, shared by reference.
         keep_lookup: Set it to have each call's lookup kept, detached, in ``last_lookup``.
         last_lookup: ``MemoryLookup`` or None.
+        count_usage: Set it to have this process count which slots each head chose, for ``usage()``, from then on: 8
+            bytes a slot and head. A pair counts when its gradient is pushed, also where the step is dropped later. A
+            copy of the layer counts for itself, and nothing at first.
 
     Args:
         dim: Width of the input.
@@ -408,7 +411,8 @@ class MemoryLayer(FindsSlots):
     def use_table(self, table: Table) -> None:
         """Look up in this one from now on: the layer's own at a version, or its own again."""
         before, keys = (self._link, self._key_link), key_link(table, self.pool_keys)
-        self.table, self._link, self._key_link = table, LayerLink(table, self.values), keys
+        self.table, self._key_link = table, keys
+        self._link = LayerLink(table, self.values, counts=self._link.counts)
         for link in before:
             if link is not None:
                 link.end()
@@ -418,7 +422,7 @@ class MemoryLayer(FindsSlots):
         it."""
         if follows(self._link, self.values):
             self._link.end()
-            self._link = LayerLink(self.table, self.values)
+            self._link = LayerLink(self.table, self.values, counts=self._link.counts)
         if self._key_link is not None and follows(self._key_link, self.pool_keys):
             self._key_link.end()
             self._key_link = key_link(self.table, self.pool_keys)

@@ -79,6 +79,7 @@ from mempool.types import (
 )
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
+from mempool.types.usage import UsageReply, UsageRequest
 
 if TYPE_CHECKING:  # the wire's codecs come with them, which an embedded pool that keeps nothing does not need
     from mempool.shard.durable.store import Store
@@ -94,12 +95,10 @@ class Engine:
     Args:
         info: Which shard this is, and which start of it.
         device: Where its pages lie, "cpu" or "cuda...". Requests and replies are on the CPU.
-        peers: Reaches another shard, to pull pages from it. What it returns stays its own: the engine never closes it.
-            None where pages are never pulled.
+        peers: Reaches another shard, to pull pages from it; the engine never closes it. None: none are ever pulled.
         pool: Name of the pool, for messages.
-        memory_bytes: Bytes of pages, of all tables together; a new table, or pages of a move, that would exceed them
-            are refused with InvalidRequest. Pages at rest are counted: while an arena grows it has two copies for a
-            moment. None: whatever the device has.
+        memory_bytes: Bytes of pages, of all tables together, at rest; a new table, or pages of a move, that would
+            exceed them are refused with InvalidRequest. None: whatever the device has.
         client_memory_bytes: What clients may make the shard hold: updates that are not committed, calls that wait or
             are answered, lookups remembered for their gradients. Each trainer has a fair share. What is too much is
             refused with Overloaded, or RequestTooLarge where it could never fit; lookups are forgotten, oldest first.
@@ -113,8 +112,7 @@ class Engine:
             again.
         max_message_bytes: What a message may have; larger ones are refused before any work. None: there is no message.
         max_answer_bytes: What values, scores and rows for a client may have, likewise; None: as much as a message.
-        on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
-            ended then and refuses everything. None: nobody needs to know.
+        on_fatal: Told, on the engine's thread, why the shard cannot go on (a broken CUDA context, say): it has ended.
         on_loaded: Told when kernels that a new table needs are loaded.
         stages: Where its work is timed, with that of the server before it; None: on its own.
         configured: Limits come from a config file; messages name its keys.
@@ -299,6 +297,10 @@ class Engine:
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
         cost = cost_of(numbers=open_writes(request))
         reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, cost)
+        return reply
+
+    async def usage(self, request: UsageRequest) -> UsageReply:
+        reply: UsageReply = await self._ask("usage", self._answers.usage, request, cost_of())
         return reply
 
     async def pin(self, request: PinRequest) -> PinReply:

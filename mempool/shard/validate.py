@@ -17,7 +17,17 @@ from mempool.shard.bounds import (
     shown,
     shown_numbers,
 )
-from mempool.shard.pages.named_arrays import KEYS, LAST_STEP, SCALES, VALUE_DTYPES, VALUES, Blocks, key_dim
+from mempool.shard.pages.named_arrays import (
+    KEYS,
+    LAST_STEP,
+    LAST_USE,
+    SCALES,
+    USES,
+    VALUE_DTYPES,
+    VALUES,
+    Blocks,
+    key_dim,
+)
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
     GatherRequest,
@@ -35,7 +45,7 @@ from mempool.types.keys import key_table_name
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
 _REPLIES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
-READ_ONLY = (SCALES, LAST_STEP)
+READ_ONLY = (SCALES, LAST_STEP, USES, LAST_USE)
 _ADMITTED = "admitted"
 
 

@@ -238,7 +238,7 @@ SEEN_AT: dict[str, int] = {
     "sync before an answer": 34,
     "record of a decision": 2,
     "record of an update": 1,
-    "checksum": 6,
+    "checksum": 10,
     "pack before its manifest": 22,
     "snapshot before segments go": 31,
     "copy before a write": 1,

@@ -162,6 +162,14 @@ class TableAt(Table):
         """No optimizer state is kept for it."""
         self._refuse("asked for optimizer state")
 
+    def usage(self, slots: object = None, *, older_than: int = 0) -> NoReturn:
+        """Nor are counts of use."""
+        self._refuse("asked for its usage")
+
+    def reinit(self, slots: object = None, **_: object) -> NoReturn:
+        """Nothing writes to it."""
+        self._refuse("written to")
+
     def step_count(self) -> NoReturn:
         """Nor is the step count."""
         self._refuse("asked for its step count")

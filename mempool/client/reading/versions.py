@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, cast
 
 from mempool.client.counts import as_count
-from mempool.client.keys.keyed import Keyed
 from mempool.client.opening.forking import Forks
 from mempool.client.reading.pinning import Pinned, pin_kept, pin_newest, pin_version
 from mempool.client.training.session import Session
+from mempool.client.usage.counted import Counted
 from mempool.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ LATEST = "latest"
 MAX_NAME_BYTES = 64
 
 
-class Versions(Keyed):
+class Versions(Counted):
     """A part of ``Table``."""
 
     _session: Session

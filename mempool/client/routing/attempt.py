@@ -284,9 +284,9 @@ class Attempt:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
         return await read_rows(self._fanout, array, ids, pin=self._pin)
 
-    async def write_rows(self, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite) -> None:
+    async def write_rows(self, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite, fresh: bool) -> None:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
-        await write_rows(self._fanout, array, ids, rows, write=write)
+        await write_rows(self._fanout, array, ids, rows, write=write, fresh=fresh)
 
     async def pin(
         self, do: PinAction, pin: str, *, version: int = 0, name: str = "", lease_s: float, beside: int | None = None

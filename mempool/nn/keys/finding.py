@@ -20,12 +20,14 @@ from mempool.nn.keys.tucker import TuckerKeys
 from mempool.nn.scoring import product_topk, unit_rms
 from mempool.nn.stable.balance import balance_loss
 from mempool.nn.stable.exploring import Exploring, other_slots, sampled, with_dropped_keys
-from mempool.nn.values import KeyLink
+from mempool.nn.usage import HeadCounts, LayerUsage
+from mempool.nn.values import KeyLink, LayerLink
 
 
 class FindsSlots(nn.Module):
     """A memory layer up to its look-up. Its attributes are ``MemoryLayer``'s."""
 
+    _link: LayerLink
     table: Table
     query: nn.Module
     half_keys: nn.Parameter | None
@@ -113,6 +115,31 @@ class FindsSlots(nn.Module):
             return self.table.read_keys()
         keys = self.half_keys.float()
         return unit_rms(keys) if self.qk_norm else keys
+
+    @property
+    def count_usage(self) -> bool:
+        """Whether it is counted which slots each head chooses."""
+        return self._link.counts is not None
+
+    @count_usage.setter
+    def count_usage(self, count_usage: bool) -> None:
+        if count_usage != self.count_usage:
+            self._link.counts = HeadCounts(self.heads, self.table.num_slots) if count_usage else None
+
+    def usage(self) -> LayerUsage:
+        """How the layer has used its table since ``count_usage`` was set, in this process: by head, and together.
+
+        The table's own counts (``Table.usage``), of a table that has them, are of all layers and processes.
+
+        Raises:
+            InvalidRequest: Nothing is counted.
+        """
+        if self._link.counts is None:
+            raise InvalidRequest(
+                f"this layer of table {self.table.name!r} does not count which slots its heads choose: set "
+                "layer.count_usage = True, and train"
+            )
+        return self._link.counts.usage()
 
     def recall(self, x: Tensor) -> float:
         """The part of the true top-k that is found for some tokens, from 0 to 1, with the keys as they are.

@@ -166,7 +166,7 @@ def held_twice(bags: Bags, grads: Tensor, input_dim: int, found: kernels.ExpertG
     of_both = grads.new_zeros(2 * num_bags, grads.shape[1])
     of_both[:num_bags, :input_dim] = grads[:, :input_dim]
     of_both[num_bags:, input_dim:] = grads[:, input_dim:]
-    return HeldUpdate(twice, of_both)
+    return HeldUpdate(twice, of_both, input_dim=input_dim)
 
 
 def _checked_inputs(storage: Storage, request: GatherRequest, bags: Bags) -> Tensor:

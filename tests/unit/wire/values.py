@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mempool import types
 from mempool.placement.changes import KnownView, ViewChange
+from mempool.types.usage import UsageReply, UsageRequest
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
@@ -257,6 +258,19 @@ CASES: dict[Method[Any, Any], Case] = {
         data_pb2.StepCountReply,
         build(types.StepCountReply, **STAMPED, count=U64),
     ),
+    methods.USAGE: (
+        data_pb2.UsageRequest,
+        build(UsageRequest, envelope=ENVELOPE, older_than=U64),
+        data_pb2.UsageReply,
+        build(
+            UsageReply,
+            **STAMPED,
+            outdated=U64,
+            most=U64,
+            log_sum=DOUBLE,
+            histogram=tensors(2, st.just(torch.int64)).map(lambda counts: counts.numpy()),
+        ),
+    ),
     methods.PIN: (
         data_pb2.PinRequest,
         build(
@@ -287,7 +301,14 @@ CASES: dict[Method[Any, Any], Case] = {
     methods.WRITE_ROWS: (
         data_pb2.WriteRowsRequest,
         build(
-            types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS, write_id=WRITE_ID
+            types.WriteRowsRequest,
+            envelope=ENVELOPE,
+            array=TEXT,
+            ids=IDS,
+            blocks=U32S,
+            rows=ROWS,
+            write_id=WRITE_ID,
+            fresh=st.booleans(),
         ),
         data_pb2.WriteRowsReply,
         build(types.WriteRowsReply, **STAMPED),
