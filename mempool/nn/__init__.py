@@ -6,6 +6,7 @@ from mempool.nn.decoders import from_pretrained, retrofit, save_pretrained
 from mempool.nn.experts import PEERLayer
 from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
+from mempool.nn.modalities import InfoNCE, MultiModalMemory
 from mempool.nn.ngrams import NgramLookup, NgramMemory, NgramRows, Ngrams, canonical_ids
 from mempool.nn.optimizer import PoolOptimizer
 from mempool.nn.pending import PendingMemory
@@ -14,8 +15,10 @@ from mempool.nn.state import PoolState
 from mempool.nn.tables import reading
 
 __all__ = [
+    "InfoNCE",
     "MemoryLayer",
     "MemoryLookup",
+    "MultiModalMemory",
     "NgramLookup",
     "NgramMemory",
     "NgramRows",

@@ -4,13 +4,14 @@ Shape legend: B bags (tokens), H heads, K top-k, P parts of a query (two halves,
 N half-keys of a codebook (at most N ** P slots).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mempool.client.gathers.first_order import first_order_only
-from mempool.nn.keys.product import best_slots, gradients, slot_ids
+from mempool.nn.keys.product import Range, best_slots, gradients, slot_ids
 
 _NORM_EPS = 1e-6
 
@@ -28,6 +29,7 @@ def product_topk(
     stride: int,
     deterministic: bool = True,
     num_slots: int | None = None,
+    ranges: Sequence[Range] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The top-k slots of every query by (score descending, id ascending), with scores autograd can follow.
 
@@ -39,20 +41,24 @@ def product_topk(
     Args:
         queries_BHD: [B, H, D] float32.
         keys_HPNd: [H, P, N, D / P] float32; P at least 2.
-        topk: K, at most all slots.
+        topk: K, at most all slots that may be chosen.
         stride: What i1 counts for in a slot id; at least N.
         deterministic: As in ``mempool.kernels.product_topk``.
         num_slots: Slots that are there, of N ** P: products from this one on, counted with a stride of N, are never
             chosen. None: all.
+        ranges: The slots that may be chosen, in the place of ``num_slots``: (first, end), counted with a stride of N,
+            ascending, none empty, and none that touches the next one.
 
     Returns:
         Scores [B, H, K] float32 and slot ids [B, H, K] int64.
     """
-    num_slots = keys_HPNd.shape[2] ** keys_HPNd.shape[1] if num_slots is None else num_slots
+    if ranges is None:
+        ranges = [(0, keys_HPNd.shape[2] ** keys_HPNd.shape[1] if num_slots is None else num_slots)]
+    edges = [edge for range_ in ranges for edge in range_]
     if torch.compiler.is_compiling():
-        found = torch.ops.mempool.product_topk(queries_BHD, keys_HPNd, topk, stride, num_slots, deterministic)
+        found = torch.ops.mempool.product_topk(queries_BHD, keys_HPNd, topk, stride, edges, deterministic)
         return found[0], found[1]
-    return _ProductTopk.apply(queries_BHD, keys_HPNd, topk, stride, num_slots, deterministic)  # type: ignore[no-untyped-call, no-any-return]
+    return _ProductTopk.apply(queries_BHD, keys_HPNd, topk, stride, edges, deterministic)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _ProductTopk(torch.autograd.Function):
@@ -60,9 +66,9 @@ class _ProductTopk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries_BHD: Tensor, keys_HPNd: Tensor, topk: int, stride: int, num_slots: int, deterministic: bool
+        ctx: Any, queries_BHD: Tensor, keys_HPNd: Tensor, topk: int, stride: int, edges: list[int], deterministic: bool
     ) -> tuple[Tensor, Tensor]:
-        scores, index = best_slots(queries_BHD, keys_HPNd, topk, num_slots, deterministic=deterministic)
+        scores, index = best_slots(queries_BHD, keys_HPNd, topk, edges, deterministic=deterministic)
         ctx.save_for_backward(queries_BHD, keys_HPNd, *index)
         ids = slot_ids(index, stride)
         ctx.mark_non_differentiable(ids)
@@ -79,10 +85,10 @@ class _ProductTopk(torch.autograd.Function):
 
 @torch.library.custom_op("mempool::product_topk", mutates_args=())
 def _topk_op(
-    queries: Tensor, keys: Tensor, topk: int, stride: int, num_slots: int, deterministic: bool
+    queries: Tensor, keys: Tensor, topk: int, stride: int, edges: Sequence[int], deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What torch.compile keeps in its graph: scores and ids [B, H, K], and half-keys [P, B, H, K]."""
-    scores, index = best_slots(queries, keys, topk, num_slots, deterministic=deterministic)
+    scores, index = best_slots(queries, keys, topk, edges, deterministic=deterministic)
     return scores, slot_ids(index, stride), torch.stack(index)
 
 
@@ -92,7 +98,7 @@ def _(
     keys: Tensor,
     topk: int,
     stride: int,  # noqa: ARG001
-    num_slots: int,  # noqa: ARG001
+    edges: Sequence[int],  # noqa: ARG001
     deterministic: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (queries.shape[0], queries.shape[1], topk)

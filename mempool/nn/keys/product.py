@@ -1,4 +1,4 @@
-"""The best slots by product keys of two or more parts, of a number of slots that need not be a power.
+"""The best slots by product keys of two or more parts: of all products, or of some ranges of slots alone.
 
 Parts are scored by the kernels in pairs (one alone by that of flat keys), and lists of winners are merged. Sums are
 monotone, so that of each list its k best are enough: the answer is the true top-k.
@@ -6,6 +6,7 @@ monotone, so that of each list its k best are enough: the answer is the true top
 Shape legend: B bags, H heads, K top-k, P parts ("ways"), N half-keys of a codebook, d width of a part, M = B * H.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 _CHUNK_SUMS = 1 << 22
 
 Range = tuple[int, int]
-"""First half-key, and the one after the last."""
+"""First half-key (or slot), and the one after the last."""
 
 
 class Found(NamedTuple):
@@ -30,22 +31,29 @@ class Found(NamedTuple):
     parts: tuple[Tensor, ...]
 
 
-def best_slots(queries_BHD: Tensor, keys_HPNd: Tensor, topk: int, num_slots: int, *, deterministic: bool) -> Found:
-    """The top-k of the slots below ``num_slots``, by (score descending, id ascending). No gradients.
+def best_slots(
+    queries_BHD: Tensor, keys_HPNd: Tensor, topk: int, edges: Sequence[int], *, deterministic: bool
+) -> Found:
+    """The top-k of the slots in some ranges, by (score descending, id ascending). No gradients.
 
     Args:
         queries_BHD: [B, H, P * d] float32.
         keys_HPNd: [H, P, N, d] float32.
-        topk: At most ``num_slots``.
-        num_slots: At most N ** P. Slot ``((i1 * N) + i2) * N + ...`` is of the half-keys i1, i2, ...
+        topk: At most as many slots as the ranges have.
+        edges: First slots of ranges and the ones after their last, in turn, ascending; at most N ** P. Slot
+            ``((i1 * N) + i2) * N + ...`` is of the half-keys i1, i2, ...
         deterministic: As in ``mempool.kernels.product_topk``.
     """
     ways, size = keys_HPNd.shape[1:3]
     queries, keys = queries_BHD.detach(), alias(keys_HPNd)
     with torch.autocast(queries.device.type, enabled=False):
-        if ways == 2 and num_slots == size**2:
+        if ways == 2 and list(edges) == [0, size**2]:
             return _pair(queries, keys, topk, deterministic)
-        found = [_best_in(box, queries, keys, topk, deterministic) for box in boxes(num_slots, size, ways)]
+        found = [
+            _best_in(box, queries, keys, topk, deterministic)
+            for first, end in zip(edges[::2], edges[1::2], strict=True)
+            for box in boxes(first, end, size, ways)
+        ]
         return best_of(found, topk, size)
 
 
@@ -79,24 +87,29 @@ def alias(parameter: Tensor) -> Tensor:
     return torch.utils.dlpack.from_dlpack(detached) if detached.device.type == "cpu" else detached
 
 
-def boxes(num_slots: int, size: int, ways: int) -> list[tuple[Range, ...]]:
-    """The slots below ``num_slots`` as boxes of half-keys, by rising ids.
+def boxes(first: int, end: int, size: int, ways: int) -> list[tuple[Range, ...]]:
+    """The slots from ``first`` to before ``end`` as boxes of half-keys, by rising ids.
 
-    Those with a whole first half-key, then in its last row those with a whole second one, and so on: digits of
-    ``num_slots`` to the base ``size``. One box where all is there.
+    Those with a whole first half-key make one; what is left in the row before them and in the one after is cut in the
+    same way, by the next half-key. At most ``2 * ways - 1``, and one where all is there.
     """
-    found: list[tuple[Range, ...]] = []
-    fixed: list[Range] = []
-    left = num_slots
-    for way in range(ways):
-        worth = size ** (ways - 1 - way)
-        whole, left = divmod(left, worth)
-        if whole:
-            found.append((*fixed, (0, whole), *[(0, size)] * (ways - 1 - way)))
-        if not left:
-            break
-        fixed.append((whole, whole + 1))
-    return found
+    if first >= end:
+        return []
+    if ways == 0:
+        return [()]
+    worth = size ** (ways - 1)
+    (row, before), (last_row, after) = divmod(first, worth), divmod(end, worth)
+    if row == last_row:
+        return _with(row, boxes(before, after, size, ways - 1))
+    found = _with(row, boxes(before, worth, size, ways - 1)) if before else []
+    whole = row + 1 if before else row
+    if whole < last_row:
+        found.append(((whole, last_row), *[(0, size)] * (ways - 1)))
+    return found + _with(last_row, boxes(0, after, size, ways - 1))
+
+
+def _with(row: int, inner: list[tuple[Range, ...]]) -> list[tuple[Range, ...]]:
+    return [((row, row + 1), *box) for box in inner]
 
 
 def best_of(found: list[Found], topk: int, size: int) -> Found:
@@ -156,18 +169,20 @@ def _best_in(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, d
     size, width = keys.shape[2:]
     lists, first = [], 0
     while first < len(box):
-        # Where the first codebook of a pair is cut, what is cut off is NaN, which never wins over a number: it needs
-        # as many numbers as are taken of a codebook.
-        paired = box[first + 1 : first + 2] == ((0, size),) and box[first][0] == 0
-        paired = paired and box[first][1] >= min(topk, size)
+        # Where the first codebook of a pair is cut, NaN take the places of what is cut off, behind what is left: they
+        # never win over a number, nor over NaN before them. It needs as many numbers as are taken of a codebook.
+        start, end = box[first]
+        paired = box[first + 1 : first + 2] == ((0, size),) and end - start >= min(topk, size)
         parts = slice(first, first + 1 + paired)
         own, codebooks = queries[..., parts.start * width : parts.stop * width], keys[:, parts]
         if paired:
-            end = box[first][1]
-            if end < size:
+            if end - start < size:
                 codebooks = codebooks.clone()
-                codebooks[:, 0, end:] = torch.nan
-            lists.append(_pair(own.contiguous(), codebooks.contiguous(), min(topk, end * size), deterministic))
+                codebooks[:, 0, : end - start] = keys[:, first, start:end]
+                codebooks[:, 0, end - start :] = torch.nan
+            k = min(topk, (end - start) * size)
+            scores, (rows, columns) = _pair(own.contiguous(), codebooks.contiguous(), k, deterministic)
+            lists.append(Found(scores, (rows + start, columns)))
         else:
             lists.append(_part(own, codebooks[:, 0], box[first], topk, deterministic))
         first = parts.stop

@@ -215,7 +215,7 @@ def _choice_op(
     keys, size = alias(keys), keys.shape[2]
     with torch.autocast(queries.device.type, enabled=False):
         found = [
-            _best_in(box, queries, keys, core, probes, topk, deterministic) for box in boxes(num_slots, size, ways=2)
+            _best_in(box, queries, keys, core, probes, topk, deterministic) for box in boxes(0, num_slots, size, ways=2)
         ]
         return torch.stack(best_of(found, topk, size).parts)
 

@@ -35,6 +35,33 @@ def test_the_choice_is_the_true_topk_of_the_slots_that_are_there(
     assert torch.equal(ids, best.indices[..., :topk])
 
 
+@settings(max_examples=60, deadline=None)
+@given(heads=st.integers(1, 2), ways=st.integers(2, 4), not_a_number=st.booleans(), data=st.data())
+def test_the_choice_is_the_true_topk_of_some_ranges_of_slots(
+    heads: int, ways: int, not_a_number: bool, data: st.DataObject
+) -> None:
+    size = data.draw(st.integers(2, {2: 12, 3: 5, 4: 4}[ways]))
+    edges = sorted(data.draw(st.sets(st.integers(0, size**ways), min_size=2, max_size=6)))
+    ranges = list(zip(edges[::2], edges[1::2], strict=False))
+    there = torch.zeros(size**ways, dtype=torch.bool)
+    for first, end in ranges:
+        there[first:end] = True
+    topk = data.draw(st.integers(1, min(40, int(there.sum()))))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    queries = torch.randint(-2, 3, (3, heads, ways), generator=generator).float()
+    keys = torch.randint(-1, 2, (heads, ways, size, 1), generator=generator).float()
+    if not_a_number:
+        queries[0] = torch.nan
+        keys[0, data.draw(st.integers(0, ways - 1))] = torch.nan
+    scores, ids = product_topk(queries, keys, topk=topk, stride=size, ranges=ranges)
+    assert there[ids].all()
+    if not not_a_number:
+        every = product_scores(queries, keys).masked_fill(~there, -torch.inf)
+        best = every.sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(scores, best.values[..., :topk])
+        assert torch.equal(ids, best.indices[..., :topk])
+
+
 @pytest.mark.parametrize("num_slots", [40**2 - 1, 40**2 - 40, 40**2 - 41, 39**2 + 1])
 def test_slots_that_are_cut_off_are_never_chosen_however_good(num_slots: int) -> None:
     generator = torch.Generator().manual_seed(1)
