@@ -225,6 +225,40 @@ def test_a_call_after_an_error_is_not_answered_with_what_came_of_another(here: G
         check(ranks, 3)
 
 
+def test_a_rank_that_hears_late_of_a_generation_that_it_is_in_stays_where_it_is(here: GrpcPoolHere) -> None:
+    """The answer to its heartbeat is under way while it arrives, is told the same, and steps with the others."""
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        member = ranks.pools[1].table("facts").link.session.coordinator.group.member
+        ask, under_way, arrives, loop = member._ask, threading.Event(), asyncio.Event(), []
+
+        async def late(kind: Any, offer: Any = None) -> Any:
+            reply = await ask(kind, offer)
+            if kind == "beat" and reply.answer == "changed" and not under_way.is_set():
+                loop.append(asyncio.get_running_loop())
+                under_way.set()
+                async with asyncio.timeout(30.0):
+                    await arrives.wait()
+            return reply
+
+        member._ask = late
+
+        def come_back() -> int:
+            ranks.kill(0)
+            ranks.come_back(0)
+            return step(ranks.pools[0], 1, rank=0, world_size=2)
+
+        def go_on() -> int:
+            assert under_way.wait(30.0)
+            return step(ranks.pools[1], 1, rank=1, world_size=2)
+
+        assert together([come_back, go_on]) == [1, 1]
+        loop[0].call_soon_threadsafe(arrives.set)
+        run(member.hear(), 10.0)  # behind what has come late
+        ranks.each(lambda rank, pool: step(pool, 2, rank=rank, world_size=2))
+        check(ranks, 3)
+
+
 def _until_back(call: Callable[[], Any]) -> None:
     end_s = time.monotonic() + 30.0
     while True:

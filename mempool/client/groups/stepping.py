@@ -188,7 +188,8 @@ class SyncGroup:
         if self._meeting.locked():
             return  # whoever is at a meeting is told there
         async with self._meeting:
-            await self._renew(generation)
+            if generation > self.member.generation:  # else the answer was overtaken by one to an arrival
+                await self._renew(generation)
 
     def _takes_end(self, sessions: Sequence[Session]) -> bool:
         """Whether this is the same call as one that was cut off, and whose step turned out to be committed."""
