@@ -316,8 +316,11 @@ def test_keys_that_nobody_has_pinned_with_a_version_are_gone(pools: Pools) -> No
         train(table)
         with table.at(0) as seen:
             assert torch.equal(all_rows(seen), before)
-            with pytest.raises(errors.VersionGone, match="nobody keeps its keys as they were then: take table"):
-                seen.lookup(torch.randn(2, 8), 4)
+            for read in (seen.lookup, seen.score, seen.lookup_async, torch.no_grad()(seen.lookup)):
+                with pytest.raises(errors.VersionGone, match="nobody keeps its keys as they were then: take table"):
+                    read(torch.randn(2, 8), 4)
+            with pytest.raises(errors.VersionGone, match="nobody keeps its keys"):
+                seen.read_keys()
         with table.at(1) as seen:
             assert seen.keys.version == table.at().keys.version == 1
             assert keys_id in {each.table_id for each in pool.status().shards[0].tables}

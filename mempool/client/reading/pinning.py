@@ -24,7 +24,8 @@ _RELEASE_S = 5.0
 _TRIES = 5
 """Pages that move in between end a pin that is being taken."""
 MOST_LOOKS = 64
-"""Of one try at a cut: of tables that are trained all the time one look in a few finds that none has gone on."""
+"""Of one try at a cut, within the pool's timeout_s: of tables that are trained all the time one look in a few finds
+that none has gone on."""
 
 T = TypeVar("T")
 
@@ -108,8 +109,11 @@ async def _armed(router: Router, table_ids: Sequence[int], pin: str, *, name: st
 async def _standing_still(router: Router, table_ids: Sequence[int], versions: dict[int, int]) -> dict[int, int]:
     """The versions at which two looks in a row have found all tables, which are armed."""
     looking: str | None = None
+    clock = asyncio.get_running_loop()
+    looks, end_s = 0, clock.time() + router.timeout_s
     try:
-        for _ in range(MOST_LOOKS):
+        while looks < MOST_LOOKS and (not looks or clock.time() < end_s):
+            looks += 1
             before, looking = looking, secrets.token_hex(16)
             found, _ = await asyncio.gather(
                 _armed(router, table_ids, looking), release_all(router, table_ids, before), return_exceptions=True
@@ -123,8 +127,8 @@ async def _standing_still(router: Router, table_ids: Sequence[int], versions: di
         await release_all(router, table_ids, looking)
     names = ", ".join(repr(router.name_of(table_id)) for table_id in table_ids)
     raise Overloaded(
-        f"tables {names} cannot be pinned at one moment: commits came between each of {MOST_LOOKS} looks at them, one "
-        "after another. Ask again, or for fewer tables (tables=), or take a checkpoint, for which they stand still. "
+        f"tables {names} cannot be pinned at one moment: commits came between each of {looks} looks at them, one after "
+        "another. Ask again, or for fewer tables (tables=), or take a checkpoint, for which they stand still. "
         "Nothing was changed.",
         retry_after_s=1.0,
     )
