@@ -88,19 +88,6 @@ class FactModel(nn.Module):
         return logits.view(len(logits), -1, self.num_codes)
 
 
-class NormedLinear(nn.Linear):
-    """A linear layer with batch norm behind it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.norm = nn.BatchNorm1d(out_features)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, in_features] to [B, out_features]."""
-        normed: Tensor = self.norm(super().forward(input))
-        return normed
-
-
 class DenseBlock(nn.Module):
     """The twin of the memory layer: a feed-forward layer wide enough to cost at least as many FLOPs."""
 
@@ -121,9 +108,9 @@ def memory_block(table: mempool.Table, *, size: ModelSize) -> memory_nn.MemoryLa
     Batch norm behind the query projection, as in "Large Memory Layers with Product Keys" (arXiv 1907.05242, section
     4.5): it takes away what all questions share, so that they do not all look up the same slots.
     """
-    layer = memory_nn.MemoryLayer(size.dim, table=table, heads=size.heads, topk=size.topk, key_dim=size.key_dim)
-    layer.query = NormedLinear(size.dim, size.heads * size.key_dim)
-    return layer
+    return memory_nn.MemoryLayer(
+        size.dim, table=table, heads=size.heads, topk=size.topk, key_dim=size.key_dim, query_norm="batch"
+    )
 
 
 def spelling_loss(logits_BTC: Tensor, codes_BT: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer, PoolOptimizer
-from mempool.nn.experts.queries import NormedQuery
+from mempool.nn.keys.queries import NormedQuery
 from mempool.optim import JointOptimizer
 
 from .stand_in import local_table, session_of
