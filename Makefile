@@ -6,6 +6,7 @@
 # make chaos     kills and stops processes and nodes of pools on a disk, cuts, fills, flips (SECONDS=300 SEED=1), bit for bit as without
 # make bench     times every kernel beside its peers (seven minutes on two cores), in an environment of its own
 # make bench-wire times look-ups and training steps in pools beside torch's rpc, a Ray actor and bare echoes; what plans predict by (25 minutes)
+# make compare   models of equal FLOPs with seven kinds of blocks, on facts and text (hours; goes on where it was stopped; ARGS='--parts facts')
 # make protos    generated code
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -31,12 +32,13 @@ SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
 SECONDS ?= 300
+ARGS ?=
 
-.PHONY: help demo compile-kernels run-demo test test-long static check bench bench-wire lint types imports protos protos-check unit kernels gpu-code run-tests files integration setup clean
+.PHONY: help demo compile-kernels run-demo test test-long static check bench bench-wire compare lint types imports protos protos-check unit kernels gpu-code run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,9s/^# //p' Makefile
+	@sed -n '1,10s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -96,6 +98,10 @@ types: $(READY)
 imports: $(READY)
 	@echo "== import contracts"
 	@$(BIN)/lint-imports --no-cache
+
+compare: $(DEMO_READY)
+	@$(BIN)/python $(PIP) matplotlib
+	@$(BIN)/python examples/compare_models.py $(ARGS)
 
 protos: $(READY)
 	@$(BIN)/python protos/generate.py

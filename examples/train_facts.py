@@ -5,13 +5,14 @@
     python examples/train_facts.py --facts my_facts.jsonl           # yours: lines {"question": "...", "answer": "..."}
     python examples/train_facts.py --save out/race                  # models, optimizers and the pool's table, together
     python examples/train_facts.py --save out/race --resume out/race    # go on where that was stopped
+    python examples/train_facts.py --table flat --keys flat --reinit-dead   # a key a slot; dead slots begin anew
 
 Both models read a question as words, spell the answer character by character, and are scored by exact match. They share
 encoder, speller, start, examples and order, and differ in one layer: a memory layer, or a feed-forward layer that costs
 at least as many FLOPs. The headline asks every fact in a phrasing that training never showed; both figures are printed.
 
-Read the parts in this order: facts/phrasings, data, facts_file, text, model, flops, train, rescale, race, report; then
-saving and asking.
+Read the parts in this order: facts/phrasings, data, facts_file, text, model, flops, train, rescale, usage, race,
+report; then saving and asking.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ from facts.rescale import LiveRescale, RescaleFailed
 from facts.saving import RaceSaves, SaveError, Stopped, resume
 from facts.train import TrainConfig
 from mempool import optim
-from mempool.errors import MempoolError, NotFound
+from mempool.errors import InvalidRequest, MempoolError, NotFound
 
 # The table, where the pool has none of its name yet; cluster/local.yaml says the same.
 NUM_SLOTS = 512**2
 VALUE_DIM = 256
 TABLE_LR = 0.1
+# With a key for each slot, which every question is scored against.
+FLAT_SLOTS = 128**2
+KEY_DIM = 128
+KEY_LR = 1e-3
 
 _SAVE_EVERY = 100
 
@@ -54,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--rescale-config needs --address, the pool it describes, and --rescale-to, the shards to write")
     if options.save is None and (options.every is not None or options.stop_after is not None):
         parser.error("--every and --stop-after need --save, the folder to write to")
+    if options.reinit_dead and options.keys != "flat":
+        parser.error(
+            "--reinit-dead needs --keys flat: half-keys of product keys are no slot's own, and none begins anew"
+        )
     console = Console()
     try:
         book = build_facts(options.num_facts, seed=options.seed) if options.facts is None else read_facts(options.facts)
@@ -83,8 +92,9 @@ def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, cons
     """Trains and scores both models on the facts of a book, with a progress bar."""
     began_s = time.perf_counter()
     config = TrainConfig(epochs=options.epochs, seed=options.seed)
-    table = open_table(pool, name=options.table, console=None if options.resume else console)
-    race = Race(book, pool=pool, table=table, config=config)
+    flat = options.keys == "flat"
+    table = open_table(pool, name=options.table, console=None if options.resume else console, flat=flat)
+    race = Race(book, pool=pool, table=table, config=config, reinit_dead=options.reinit_dead)
     if options.resume is not None:
         console.print(f"going on after step {resume(race, options.resume)} of {race.num_steps}")
     with ExitStack() as running:
@@ -122,15 +132,29 @@ def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, cons
     )
 
 
-def open_table(pool: mempool.Pool, *, name: str, console: Console | None) -> mempool.Table:
-    """The pool's table of that name, made if there is none; tells the console where it has been trained before."""
+def open_table(pool: mempool.Pool, *, name: str, console: Console | None, flat: bool = False) -> mempool.Table:
+    """The pool's table of that name, made if there is none; tells the console where it has been trained before.
+
+    Args:
+        pool: where it is.
+        name: of the table.
+        console: None to say nothing.
+        flat: with a key for each slot, trained in the pool, and counts of how slots are used.
+    """
+    adagrad = optim.Adagrad(lr=TABLE_LR)
+    config = mempool.TableConfig(name=name, num_slots=NUM_SLOTS, value_dim=VALUE_DIM, optimizer=adagrad)
+    if flat:
+        keys = mempool.FlatKeys(key_dim=KEY_DIM, optimizer=optim.Adam(lr=KEY_LR))
+        config = mempool.TableConfig(
+            name=name, num_slots=FLAT_SLOTS, value_dim=VALUE_DIM, optimizer=adagrad, keys=keys, usage=True
+        )
     try:
         table = pool.table(name)
     except NotFound:
-        return pool.create_table(
-            mempool.TableConfig(
-                name=name, num_slots=NUM_SLOTS, value_dim=VALUE_DIM, optimizer=optim.Adagrad(lr=TABLE_LR)
-            )
+        return pool.create_table(config)
+    if table.trains_keys != flat or (flat and not table.schema.usage):
+        raise InvalidRequest(
+            f"table {name!r} was made with other keys than --keys asks for: name another with --table, or leave it out"
         )
     version = max(
         (each.version for shard in pool.status().shards for each in shard.tables if each.name == name), default=0
@@ -155,6 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-facts", type=_positive, default=20_000, help="of the built-in facts, how many at most")
     parser.add_argument("--epochs", type=_positive, help="times each fact is asked (14, or more where facts are few)")
     parser.add_argument("--seed", type=int, default=0, help="of facts, models and order")
+    parser.add_argument(
+        "--keys", choices=("product", "flat"), default="product", help="in the model; or a key a slot, in the pool"
+    )
+    parser.add_argument(
+        "--reinit-dead", action="store_true", help="half way, let slots that were never used begin anew from used ones"
+    )
     parser.add_argument("--rescale-to", type=_positive, metavar="N", help="half way, change the pool to N shards")
     parser.add_argument(
         "--rescale-config", type=Path, metavar="FILE", help="do so by editing this cluster file and `mempool apply`"

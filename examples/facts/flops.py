@@ -33,7 +33,7 @@ class Flops:
         return Flops(self.matmul + more.matmul, self.other + more.other)
 
 
-def memory_flops(size: ModelSize, *, codebook_size: int, value_dim: int) -> Flops:
+def memory_flops(size: ModelSize, *, codebook_size: int, value_dim: int, flat_keys: int = 0) -> Flops:
     """The memory layer: query, scores of half-keys, top-k, softmax, weighted sum on the shards, gate, output.
 
     The top-k is counted as it is defined: every half score and every one of the K * K candidate sums is compared once.
@@ -42,17 +42,18 @@ def memory_flops(size: ModelSize, *, codebook_size: int, value_dim: int) -> Flop
         size: widths of the model.
         codebook_size: n half-keys in each codebook.
         value_dim: V.
+        flat_keys: where there is a key for each slot in place of half-keys: how many.
     """
     queries = size.heads * size.key_dim
     pairs = size.heads * size.topk
+    found = size.heads * flat_keys if flat_keys else 2 * size.heads * codebook_size + 2 * size.heads * size.topk**2
     return Flops(
         matmul=2 * size.dim * queries  # query projection
-        + 2 * queries * codebook_size  # two codebooks of half-keys, each key_dim / 2 wide
+        + 2 * queries * (flat_keys or codebook_size)  # the keys; of two codebooks, each key_dim / 2 wide
         + 2 * size.dim * value_dim  # gate
         + 2 * value_dim * size.dim,  # output projection
         other=4 * queries  # batch norm of the query
-        + 2 * size.heads * codebook_size  # comparisons: the best half-keys
-        + 2 * size.heads * size.topk**2  # the candidates' sums, and their comparisons
+        + found  # comparisons: every key; or the best half-keys, and the candidates' sums and their comparisons
         + 4 * pairs  # softmax: subtract, exp, add, divide
         + 2 * pairs * value_dim  # weighted sum
         + 5 * value_dim,  # silu(gate) * bag
@@ -64,9 +65,9 @@ def dense_flops(size: ModelSize, *, hidden: int) -> Flops:
     return Flops(matmul=2 * 2 * size.dim * hidden, other=4 * hidden)
 
 
-def twin_hidden(size: ModelSize, *, codebook_size: int, value_dim: int) -> int:
+def twin_hidden(size: ModelSize, memory: Flops) -> int:
     """The narrowest dense twin, in steps of 8, that costs at least what the memory layer does."""
-    target = memory_flops(size, codebook_size=codebook_size, value_dim=value_dim).total
+    target = memory.total
     return 8 * math.ceil(target / dense_flops(size, hidden=8).total)
 
 

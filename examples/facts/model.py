@@ -9,6 +9,7 @@ K top-k, n half-keys, V value dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,10 @@ class ModelSize:
     heads: int = 4
     topk: int = 16
     key_dim: int = 128
+
+
+FLAT = ModelSize(heads=1, topk=16)
+"""With a key for each slot: one query."""
 
 
 class QuestionEncoder(nn.Module):
@@ -88,19 +93,6 @@ class FactModel(nn.Module):
         return logits.view(len(logits), -1, self.num_codes)
 
 
-class NormedLinear(nn.Linear):
-    """A linear layer with batch norm behind it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.norm = nn.BatchNorm1d(out_features)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, in_features] to [B, out_features]."""
-        normed: Tensor = self.norm(super().forward(input))
-        return normed
-
-
 class DenseBlock(nn.Module):
     """The twin of the memory layer: a feed-forward layer wide enough to cost at least as many FLOPs."""
 
@@ -116,14 +108,16 @@ class DenseBlock(nn.Module):
 
 
 def memory_block(table: mempool.Table, *, size: ModelSize) -> memory_nn.MemoryLayer:
-    """A Memory+ layer whose values live in the pool and whose keys and projections are this model's.
+    """A Memory+ layer whose values live in the pool and whose keys and projections are this model's; or keys, too,
+    where the table trains them.
 
     Batch norm behind the query projection, as in "Large Memory Layers with Product Keys" (arXiv 1907.05242, section
     4.5): it takes away what all questions share, so that they do not all look up the same slots.
     """
-    layer = memory_nn.MemoryLayer(size.dim, table=table, heads=size.heads, topk=size.topk, key_dim=size.key_dim)
-    layer.query = NormedLinear(size.dim, size.heads * size.key_dim)
-    return layer
+    keys: Literal["model", "pool"] = "pool" if table.trains_keys else "model"
+    return memory_nn.MemoryLayer(
+        size.dim, table=table, keys=keys, heads=size.heads, topk=size.topk, key_dim=size.key_dim, query_norm="batch"
+    )
 
 
 def spelling_loss(logits_BTC: Tensor, codes_BT: Tensor) -> Tensor:

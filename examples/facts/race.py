@@ -12,11 +12,12 @@ from torch import nn
 import mempool
 from facts.data import FactBook
 from facts.flops import Flops, dense_flops, memory_flops, shared_flops, twin_hidden
-from facts.model import DenseBlock, FactModel, ModelSize, memory_block, share_start
+from facts.model import FLAT, DenseBlock, FactModel, ModelSize, memory_block, share_start
 from facts.report import ModelReport, PoolReport
 from facts.rescale import LiveRescale, RescaleReport
 from facts.text import AnswerSpelling, WordBook
 from facts.train import Contestant, Score, TrainConfig, batches, contestant, evaluate, train
+from facts.usage import SlotsInUse
 from mempool import optim
 
 _COUNTED_QUESTIONS = 1000
@@ -37,9 +38,10 @@ class Race:
     Args:
         book: what to learn.
         pool: where the table is.
-        table: holds the memory's values; its number of slots is a square.
+        table: holds the memory's values; its number of slots is a square, where it has no keys.
         config: how to train.
         size: widths of both models.
+        reinit_dead: half way, let slots that were never used begin anew from used ones; of a table that counts uses.
 
     Attributes:
         steps_done: where `run` begins: 0, or where a race that was saved is gone on from.
@@ -54,9 +56,11 @@ class Race:
         table: mempool.Table,
         config: TrainConfig,
         size: ModelSize | None = None,
+        reinit_dead: bool = False,
     ) -> None:
         self.book, self.pool, self.table, self.config = book, pool, table, config
-        self.size = size or ModelSize()
+        self.size = size or (FLAT if table.trains_keys else ModelSize())
+        self.in_use = SlotsInUse(table, reinit_dead=reinit_dead, seed=config.seed) if table.schema.usage else None
         self.steps_done = 0
         self.spent_s: dict[str, float] = {}
         self.word_book = WordBook.from_facts(book)
@@ -64,14 +68,21 @@ class Race:
         self.num_steps = config.num_epochs(len(book.facts)) * config.steps_per_epoch(len(book.facts))
         torch.manual_seed(config.seed)
         layer = memory_block(table, size=self.size)
-        hidden = twin_hidden(self.size, codebook_size=layer.codebook_size, value_dim=table.value_dim)
+        self._memory_flops = memory_flops(
+            self.size,
+            codebook_size=layer.codebook_size,
+            value_dim=table.value_dim,
+            flat_keys=table.num_slots if table.trains_keys else 0,
+        )
+        hidden = twin_hidden(self.size, self._memory_flops)
         memory_model = self._model(layer)
         dense_model = self._model(DenseBlock(self.size.dim, hidden=hidden))
         share_start(memory_model, dense_model)
         tables = optim.PoolOptimizer(memory_model, lr=config.table_lr)
+        for group in tables.param_groups[1:]:  # of keys in the pool, which have their own
+            group["lr"] = table.keys.schema.optimizer.lr
         self.memory = contestant("memory", memory_model, lr=config.memory_lr, num_steps=self.num_steps, tables=tables)
         self.dense = contestant("dense", dense_model, lr=config.dense_lr, num_steps=self.num_steps)
-        self._memory_flops = memory_flops(self.size, codebook_size=layer.codebook_size, value_dim=table.value_dim)
         self._dense_flops = dense_flops(self.size, hidden=hidden)
 
     def run(
@@ -100,6 +111,8 @@ class Race:
         def after_step(step: int) -> None:
             if rescale is not None and not rescale.started and step >= self.num_steps // 2:
                 rescale.start()
+            if self.in_use is not None and step == self.num_steps // 2:
+                self.in_use.half_way()
             on_step(step)
 
         start_s = time.perf_counter()
@@ -194,6 +207,7 @@ class Race:
             updates_committed=after.committed - before.committed,
             updates_applied={shard: applied - base for shard, applied in after.applied.items()},
             rescale=rescaled,
+            in_use=None if self.in_use is None else self.in_use.report(),
         )
 
     def _pool_state(self) -> _PoolState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 from facts.flops import Flops
 from facts.rescale import RescaleReport
 from facts.train import Score
+from facts.usage import UsageReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class PoolReport:
         updates_committed: updates whose commit was acknowledged to this trainer.
         updates_applied: updates that the pool says it applied meanwhile, by shard.
         rescale: what the live rescale did; None if there was none.
+        in_use: how slots were used; None of a table that does not count it.
     """
 
     name: str
@@ -93,6 +96,7 @@ class PoolReport:
     updates_committed: int
     updates_applied: dict[int, int]
     rescale: RescaleReport | None
+    in_use: UsageReport | None = None
 
     @property
     def all_applied(self) -> bool:
@@ -218,8 +222,22 @@ def _pool_table(report: Report) -> Table:
         table.add_row(
             "longest step meanwhile", f"{live.longest_step_s * 1000:.0f} ms (usual {live.usual_step_s * 1000:.0f} ms)"
         )
+    if pool.in_use is not None:
+        for name, value in _usage_rows(pool.in_use):
+            table.add_row(name, value)
     table.add_row("whole run, seconds", f"{report.seconds:.0f}")
     return table
+
+
+def _usage_rows(in_use: UsageReport) -> Iterator[tuple[str, str]]:
+    if in_use.coverage_half_way is not None:
+        yield "slots used, half way", _percent(in_use.coverage_half_way)
+        yield "  dead then, begun anew", f"{in_use.begun_anew:,}"
+    if in_use.revived is not None:
+        yield "  dead then, used since", _percent(in_use.revived)
+    yield "slots used, in the end", _percent(in_use.coverage)
+    if in_use.kl_uniform is not None:
+        yield "uses, KL to uniform", f"{in_use.kl_uniform:.2f} nats"
 
 
 def _percent(share: float) -> str:

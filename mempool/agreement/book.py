@@ -144,10 +144,12 @@ class Book(Generic[U]):
                 self.closing, self.open = step, self._step()
             return self.closing
 
-    def renumber(self) -> None:
-        """The closing step goes on under a new number, as its old one is over; the open one's is above that."""
+    def renumber(self, past: int = 0) -> None:
+        """The closing step goes on under a new number, as its old one is over; the open one's is above that. past: So
+        many numbers are left out."""
         with self._lock:
             assert self.closing is not None
+            self._next_step += past
             self.given_up.append(self.closing.step_id)
             self.closing.step_id = self._step_id()
             if self.open.updates:
@@ -180,10 +182,11 @@ class Book(Generic[U]):
             self.open.step_id = StepId(group=group, rank=rank, step=step, generation=generation)
             self._next_step = step + 1
 
-    def pass_over(self, step_id: StepId) -> None:
-        """The open step has another number, if it has this one: another rank has had that one dropped."""
+    def pass_over(self, step_id: StepId, *, by: int = 1) -> None:
+        """The open step has a number that is so much higher, if it has this one: another rank has had that dropped."""
         with self._lock:
             if self.open.step_id == step_id:
+                self._next_step += by - 1
                 self.open.step_id = self._step_id()
 
     def renew(self, generation: int) -> None:

@@ -46,6 +46,8 @@ from mempool.types.norms import joined_norm
 
 # How often, in one go, updates are sent again, or the step goes under another number, before that is an error.
 MAX_ROUNDS = 5
+_PAST = (0, 0, 32, 256, 1024)
+"""Numbers that are left out each time: of a group's ranks one may have dropped many steps while another was silent."""
 
 Goal = Literal["prepared", "decided", "applied"]
 State = Literal["open", "in doubt", "decided"]
@@ -197,7 +199,7 @@ class StepOfTables:
         if self._unasked and not self._missing():
             return self._ask(self.tables[self._unasked[0]])
         if self._refused is not None and not self._unasked:
-            return Renumber() if self._numbers < MAX_ROUNDS else Fail(error=self._refused)
+            return Renumber(past=_PAST[self._numbers]) if self._numbers < MAX_ROUNDS else Fail(error=self._refused)
         if self._rounds >= MAX_ROUNDS and (lacking := self._missing()):
             return Fail(error=self._keeps_missing(lacking))
         if self.state == "decided":
@@ -240,6 +242,7 @@ class StepOfTables:
         ):
             return
         self._owners = {table_id: placed[table_id] for table_id in self.tables}
+        self._rounds = 0  # updates that pages have left behind are sent once more, however often these move
         # What was prepared elsewhere is void; what was applied is told again, which is harmless.
         self._shards = {number: _Shard() for number in sorted({n for each in owners for n in each.shards})}
         self._norms = {}

@@ -85,7 +85,10 @@ class Apply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renumber:
-    """The step's numbers are over: give it new ones, and say ``Renumbered``."""
+    """The step's numbers are over: give it new ones, and say ``Renumbered``. past: So many more are left out, as others
+    may be over, too."""
+
+    past: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

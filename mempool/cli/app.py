@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import mempool
-from mempool.cli import bench, checkpoints, exchange, plan
+from mempool.cli import bench, checkpoints, exchange, plan, table
 from mempool.cli.outcome import UsageError, reported, undone_by_signals
 
 _CHANGE_TIMEOUT_S = 15.0
@@ -29,6 +29,7 @@ app.add_typer(bench.app, name="bench")
 checkpoints.add_to(app)
 exchange.add_to(app)
 plan.add_to(app)
+table.add_to(app)
 
 File = Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="The cluster file (YAML).")]
 MaybeFile = Annotated[

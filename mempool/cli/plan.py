@@ -13,6 +13,7 @@ from mempool.cli.outcome import UsageError, reported
 if TYPE_CHECKING:
     from mempool.config import TableConfig
     from mempool.sizing import Machine, Option, Plan
+    from mempool.sizing.split import Split
 
 _FLAGS = {"true": True, "false": False}
 _NAME = "memory"
@@ -43,6 +44,13 @@ def plan(
         str,
         typer.Option("--optimizer", metavar="NAME[,FIELD=VALUE]", help="Such as adam, or sgd,momentum=0.9."),
     ] = "adagrad",
+    keys: Annotated[
+        str | None, typer.Option("--keys", metavar="KIND", help="Keys that train in the pool: product or flat.")
+    ] = None,
+    key_dim: Annotated[int, typer.Option("--key-dim", metavar="N", help="Width of such a key, and of a query.")] = 128,
+    key_optimizer: Annotated[
+        str, typer.Option("--key-optimizer", metavar="NAME[,FIELD=VALUE]", help="That trains them.")
+    ] = "adamw,dense=true",
     layout: Annotated[
         str, typer.Option("--layout", metavar="LAYOUT", help="columns, rows or grid; auto looks at all of them.")
     ] = "auto",
@@ -104,7 +112,8 @@ def plan(
 
         table = _config(
             num_slots=slots, value_dim=width if value_dim is None else value_dim, dtype=dtype, master=master,
-            optimizer=_optimizer(optimizer), layout=layout, block_dim=block_dim, page_slots=page_slots,
+            optimizer=_optimizer(optimizer, "--optimizer"), layout=layout, block_dim=block_dim, page_slots=page_slots,
+            keys=_keys(keys, heads, key_dim, key_optimizer),
         )  # fmt: skip
         model = Model.model_validate(
             {
@@ -161,14 +170,22 @@ def _config(**fields: Any) -> "TableConfig":
     return TableConfig.model_validate({"name": _NAME, **fields})
 
 
-def _optimizer(text: str) -> dict[str, Any]:
+def _keys(kind: str | None, heads: int, key_dim: int, optimizer: str) -> dict[str, Any] | None:
+    """Keys that train in the pool, as a file has them; None: they are the model's."""
+    if kind is None:
+        return None
+    of_heads = {} if kind == "flat" else {"heads": heads}
+    return {"type": kind, "key_dim": key_dim, "optimizer": _optimizer(optimizer, "--key-optimizer"), **of_heads}
+
+
+def _optimizer(text: str, option: str) -> dict[str, Any]:
     """ "sgd,momentum=0.9" as a file has it. Raises UsageError; what names and values may be is the config's matter."""
     name, *rest = text.split(",")
     fields: dict[str, Any] = {"type": name, "lr": _DEFAULT_LR}
     for part in rest:
         field, equals, value = part.partition("=")
         if not (field and equals and value):
-            raise UsageError(f"--optimizer {text!r}: {part!r} is no FIELD=VALUE; write for example sgd,momentum=0.9")
+            raise UsageError(f"{option} {text!r}: {part!r} is no FIELD=VALUE; write for example sgd,momentum=0.9")
         fields[field] = _value(value)
     return fields
 
@@ -185,10 +202,11 @@ def _value(text: str) -> bool | float | str:
 def document(plan: "Plan") -> dict[str, Any]:
     """The document of `mempool plan --json`: sizes in bytes, times in seconds, null where no machine is given.
 
-    Keys: ``table``, ``memory``, ``shards_needed``, ``shards``, ``hosts``, ``splits`` (the best first), ``growth`` (the
-    best of more and more shards; empty where their number was given, or no machine), ``client`` (one trainer), ``host``
-    (one of shards; both of the best split), ``machine``, ``path``, ``warnings``. Bytes of a token are of all layers;
-    ``to_shards`` and ``from_shards`` are between one trainer and all shards.
+    Keys: ``table``, ``keys`` (those that train in the pool; null: none), ``memory``, ``shards_needed``, ``shards``,
+    ``hosts``, ``splits`` (the best first), ``growth`` (the best of more and more shards; empty where their number was
+    given, or no machine), ``client`` (one trainer), ``host`` (one of shards; both of the best split), ``machine``,
+    ``path``, ``warnings``. Bytes of a token are of all layers; ``to_shards`` and ``from_shards`` are between one
+    trainer and all shards.
     """
     best, model = plan.best, plan.model
     schema, split, time = best.split.schema, best.split, best.time
@@ -204,6 +222,7 @@ def document(plan: "Plan") -> dict[str, Any]:
             "tables": model.tables,
             "parameters": model.tables * schema.num_slots * schema.value_dim,
         },
+        "keys": None if split.keys is None else _keys_document(split.keys, model.tables),
         "memory": {
             "total_bytes": model.tables * split.total_bytes,
             "largest_shard_bytes": model.tables * split.largest_bytes,
@@ -240,6 +259,19 @@ def document(plan: "Plan") -> dict[str, Any]:
     }
 
 
+def _keys_document(keys: "Split", tables: int) -> dict[str, Any]:
+    schema = keys.schema
+    return {
+        "keys": tables * keys.num_keys,
+        "width": schema.value_dim,
+        "optimizer": schema.optimizer.algorithm,
+        "page_slots": schema.page_slots,
+        "total_bytes": tables * keys.total_bytes,
+        "largest_shard_bytes": tables * keys.largest_bytes,
+        "shards_asked": keys.asked,
+    }
+
+
 def _split_document(option: "Option", plan: "Plan") -> dict[str, Any]:
     split, moved, model = option.split, option.traffic, plan.model
     each = model.layers / model.tokens
@@ -271,6 +303,7 @@ def lines(plan: "Plan") -> list[str]:
     out = [
         f"{several}{table['num_slots']:,} slots x {table['value_dim']:,} {table['dtype']}, {table['optimizer']}: "
         f"{table['parameters'] / 1e9:,.1f} billion parameters in {_size(memory['total_bytes'])}",
+        *_keys_line(found["keys"]),
         f"at least {_counted(plan.shards_needed, 'shard')} of {_size(memory['shard_memory'])}; planned: "
         f"{plan.shards:,} on {_counted(plan.num_hosts, 'host')} of {device}, "
         f"{_size(memory['largest_shard_bytes'])} of pages on the fullest shard",
@@ -290,6 +323,16 @@ def lines(plan: "Plan") -> list[str]:
     if plan.machine is not None:
         out.append(f"times by the constants of {plan.machine} over {plan.path}; nothing overlaps in them")
     return out + [f"note: {warning}" for warning in plan.warnings]
+
+
+def _keys_line(keys: dict[str, Any] | None) -> list[str]:
+    if keys is None:
+        return []
+    return [
+        f"of that {_size(keys['total_bytes'])} of keys that train in the pool: {keys['keys']:,} x {keys['width']:,} "
+        f"float32, {keys['optimizer']}; {_size(keys['largest_shard_bytes'])} of them on a shard at most, "
+        f"{_counted(keys['shards_asked'], 'shard')} asked for scores"
+    ]
 
 
 _HEADER = ("split", "block", "asked", "shard has", "B/token out", "back", "to a shard", "back")

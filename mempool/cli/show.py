@@ -32,12 +32,12 @@ def counted(number: int, noun: str) -> str:
 
 def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
     """Shards, tables, and what is wrong; with ``stages``, what each shard's calls spend their time on."""
-    console = _console()
+    console = screen()
     moving = f", going to {counted(now.wanted_shards, 'shard')}" if now.rescaling else ""
     moving += f": waiting for {now.waiting_for}" if now.waiting_for else ""
     shown = f"{counted(len(now.shards), 'shard')}, {counted(len(now.tables), 'table')}"
     console.print(f"pool {now.name} at {address}: {shown}{moving}")
-    shards = _table(
+    shards = grid(
         console,
         *("shard", "address", "state", "device", "pages' memory", "held for clients", "load", "up for", "incarnation"),
     )
@@ -56,7 +56,7 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
         console.print(f"clients: {counts} (counted at each shard); others come by gRPC")
     found = [documents.table(view, now) for view in now.tables]
     if found:
-        tables = _table(
+        tables = grid(
             console, "table", "slots", "dim", "dtype", "optimizer", "placement", "pages", "lost", "version", "updates"
         )
         for table in found:
@@ -71,12 +71,12 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
     if stages:
         console.print(_stages(console, now.shards))
     for creation in now.creating:
-        so_far = f"{_size(creation.bytes_done)} of {_size(creation.bytes_total)}"
+        so_far = f"{size(creation.bytes_done)} of {size(creation.bytes_total)}"
         waits = f"waits for {creation.waiting_for}" if creation.waiting_for else ""
         console.print(f"making table {creation.table}: {waits or so_far}")
     if now.checkpoint:
         copied = sum(shard.copied_bytes for shard in now.shards)
-        kept = f"; {_size(copied)} of rows are kept as they were" if copied else ""
+        kept = f"; {size(copied)} of rows are kept as they were" if copied else ""
         console.print(f"taking {now.checkpoint}{kept}")
     for line in _troubles(now, found):
         console.print(line, style="red")
@@ -95,14 +95,14 @@ def loads(last: RescaleProgress, *, moved: bool) -> None:
     if not last.loads:
         say("too little was read and written lately to tell which pages are hot: nothing moves for it")
     else:
-        console = _console()
-        shards = _table(console, "shard", "load before", "load after")
+        console = screen()
+        shards = grid(console, "shard", "load before", "load after")
         for load in last.loads:
             shards.add_row(str(load.shard), f"{load.before:.1%}", f"{load.after:.1%}")
         console.print(shards)
     if not moved or not last.pages_total:
         would = "pages would move" if last.pages_total else "pages have to move"
-        say(f"{last.pages_total:,} {would}, {_size(last.bytes_total)}")
+        say(f"{last.pages_total:,} {would}, {size(last.bytes_total)}")
 
 
 def outcome(found: Changes) -> None:
@@ -129,7 +129,7 @@ def rescale_progress(*, quiet: bool = False) -> Iterator[tuple[Say, Watch]]:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[tuple[Say, Watch]]:
-    console = _console()
+    console = screen()
     if quiet:
         yield _nothing, _nothing
     elif not console.is_terminal:
@@ -150,7 +150,7 @@ def _progress(quiet: bool) -> Iterator[tuple[Say, Watch]]:
                     description=f"moving {report.table}" if report.table else "moving",
                     completed=report.pages_moved,
                     total=report.pages_total,
-                    size=_size(report.bytes_moved),
+                    size=size(report.bytes_moved),
                 )
 
             yield (lambda line: progress.console.print(line, markup=False)), watch
@@ -169,19 +169,20 @@ class _Tenths:
         if tenth > self._said or report.done:
             self._said = tenth
             verb = "moved" if report.done else "moving:"
-            say(f"{verb} {report.pages_moved} of {report.pages_total} pages, {_size(report.bytes_moved)}")
+            say(f"{verb} {report.pages_moved} of {report.pages_total} pages, {size(report.bytes_moved)}")
 
 
 def _nothing(_: object) -> None:
     pass
 
 
-def _console() -> Console:
-    # Where nobody looks at it, no line is cut to some width.
+def screen() -> Console:
+    """Where lines for people go. Where nobody looks at it, none is cut to some width."""
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
-def _table(console: Console, *columns: str) -> Table:
+def grid(console: Console, *columns: str) -> Table:
+    """Rows under these headings, without lines."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(column, no_wrap=not console.is_terminal, overflow="fold")
@@ -190,7 +191,7 @@ def _table(console: Console, *columns: str) -> Table:
 
 def _stages(console: Console, shards: Iterable[ShardStatus]) -> Table:
     """A line for each stage of each shard, what took longest in all first."""
-    table = _table(console, "shard", "stage", "times", "in all", "half within", "99 % within", "longest")
+    table = grid(console, "shard", "stage", "times", "in all", "half within", "99 % within", "longest")
     for shard in shards:
         for stage in sorted(shard.stages, key=lambda stage: -stage.total_s):
             times = (stage.total_s, stage.p50_s, stage.p99_s, stage.max_s)
@@ -207,7 +208,7 @@ def _shard_row(shard: ShardStatus, load: float | None) -> tuple[str, ...]:
         shard.info.address or "-",
         shard.state,
         shard.device or "-",
-        _size(shard.num_bytes) if ready else "-",
+        size(shard.num_bytes) if ready else "-",
         _held(shard) if ready else "-",
         "-" if load is None or not ready else f"{load:.0%}",
         _duration(shard.uptime_s) if ready else "-",
@@ -217,8 +218,8 @@ def _shard_row(shard: ShardStatus, load: float | None) -> tuple[str, ...]:
 
 def _held(shard: ShardStatus) -> str:
     """What clients make it hold, of what they may."""
-    held = _size(shard.held_bytes + shard.context_bytes + shard.queued_bytes)
-    return f"{held} of {_size(shard.client_limit_bytes)}" if shard.client_limit_bytes else held
+    held = size(shard.held_bytes + shard.context_bytes + shard.queued_bytes)
+    return f"{held} of {size(shard.client_limit_bytes)}" if shard.client_limit_bytes else held
 
 
 def _kept(now: PoolStatus) -> str:
@@ -226,7 +227,7 @@ def _kept(now: PoolStatus) -> str:
     ready = [shard for shard in now.shards if shard.state == "ready"]
     kept = [shard for shard in ready if shard.storage]
     if kept:
-        journals = _size(sum(shard.journal_bytes for shard in kept))
+        journals = size(sum(shard.journal_bytes for shard in kept))
         return f"storage {os.path.dirname(kept[0].storage)}: journals of {journals}"
     return "no storage (shard.storage): a shard that dies loses its pages; take checkpoints" if ready else ""
 
@@ -244,7 +245,7 @@ def _versions(now: PoolStatus) -> list[str]:
     if lines:
         taken = sum(shard.version_bytes for shard in now.shards)
         limit = sum(shard.version_limit_bytes for shard in now.shards)
-        lines.append(f"rows as they were, for these: {_size(taken)} of {_size(limit)} that they may take")
+        lines.append(f"rows as they were, for these: {size(taken)} of {size(limit)} that they may take")
     return lines
 
 
@@ -255,7 +256,7 @@ def _forks(now: PoolStatus) -> list[str]:
         tables = [table for shard in now.shards for table in shard.tables if table.table_id == view.schema.table_id]
         if shared := sum(table.shared_bytes for table in tables):
             own = sum(table.num_bytes for table in tables) - shared
-            lines.append(f"table {view.schema.name} is a fork: {_size(own)} of its own, {_size(shared)} shared")
+            lines.append(f"table {view.schema.name} is a fork: {size(own)} of its own, {size(shared)} shared")
     return lines
 
 
@@ -309,7 +310,8 @@ def _half_made(now: PoolStatus) -> list[str]:
     ]
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """As people say it: 3.5 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

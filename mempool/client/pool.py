@@ -209,7 +209,8 @@ class Pool(Keeping):
         """Be one of the ranks that train this pool's tables together. Before the first backward pass.
 
         Under torchrun, and where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, nothing needs to be said: the
-        first step joins, sync, with the mean. MEMPOOL_JOIN=0, or ``world_size=1`` here, has a process train by itself.
+        first step joins, sync, with the mean. MEMPOOL_JOIN=0, or ``world_size=1`` here (not elastic), has a process
+        train by itself.
 
         Args:
             group: The job's name: the same for all its ranks, and no other job's on this pool.
@@ -310,8 +311,8 @@ class Pool(Keeping):
 
         It is in the memory of the shards, as ``Table.at`` keeps it, and nobody waits for it. It goes where that takes
         more than it may, where pages move, and where a shard is started anew: what must not go is a ``checkpoint``.
-        Each table is of one version over all shards, with every commit that was acknowledged before; tables are pinned
-        each by itself, so that a step of several that is committed meanwhile may be in one of them and not in another.
+        Each table is of one version over all shards, with every commit that was acknowledged before, and the tables are
+        of one moment: a step of several that is committed meanwhile is in all of them or in none.
 
         Args:
             name: At most 64 bytes; not "latest".
@@ -324,6 +325,7 @@ class Pool(Keeping):
             AlreadyExists: A table has a snapshot of that name; none was taken.
             NotFound: There is no such table.
             VersionGone: There is too little room for it.
+            Overloaded: Others commit to these tables so often that no moment between two commits was found.
             ShardUnavailable: A shard did not answer within timeout_s.
         """
         return self._connection.run(take_snapshot(self.router, checked_name(name), tables, views=self._list_tables))

@@ -48,20 +48,23 @@ class Rows:
                 read[array].append(rows)
         return {array: rows[0] if len(rows) == 1 else torch.cat(rows) for array, rows in read.items()}
 
-    def write(self, array: str, ids: Tensor, rows: Tensor) -> None:
-        """Overwrite rows [M, ..] of an array; ids: [M] int64, checked and distinct."""
-        if ids.numel() == 0:
+    def write(self, array: str, ids: Tensor, rows: Tensor, *, fresh: bool = False) -> None:
+        """Overwrite rows [M, ..] of an array; ids: [M] int64, checked and distinct.
+
+        fresh: As of ``WriteRowsRequest``; of no rows at all every owner is asked then whether it may be.
+        """
+        if ids.numel() == 0 and not fresh:
             return
         table_id, size = self._schema.table_id, self._rows_per_message(array)
         pieces = list(zip(torch.split(ids, size), torch.split(rows, size), strict=True))
+        write = partial(self._router.write_rows, table_id, array=array, fresh=fresh)
         for window in windows(pieces):
-            calls = [
-                partial(self._router.write_rows, table_id, array=array, ids=chunk, rows=part) for chunk, part in window
-            ]
-            self._run(together(calls))
+            self._run(together([partial(write, ids=chunk, rows=part) for chunk, part in window]))
 
     def _rows_per_message(self, array: str) -> int:
         keys, width = self._schema.keys, self._schema.value_dim
+        if array in ("values.uses", "values.last_use"):
+            width = 2
         if array == "keys" and isinstance(keys, FlatKeySpec | ProductKeySpec):
             width = keys.key_dim if isinstance(keys, FlatKeySpec) else keys.key_dim * math.isqrt(self._schema.num_slots)
         return max(1, MESSAGE_BYTES // (4 * width))

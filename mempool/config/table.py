@@ -112,6 +112,7 @@ class TableConfig(ConfigModel):
             same bits on any shards and again in a replay, or "nearest", which loses steps that are small beside the
             value. By default stochastic where dtype is not float32 and there is no master.
         master: Keep float32 values beside the stored ones and train those; look-ups read the stored ones.
+        usage: Count how often each slot is trained, and keep when last, 16 bytes a slot: ``Table.usage``.
         seed: Of the initial values, 0 to 2^63 - 1.
         layout: How pages spread over shards: "columns", "rows", "grid", or "auto".
         keys: Keys kept in the pool, or None where the model has them or ids come from the caller.
@@ -137,6 +138,7 @@ class TableConfig(ConfigModel):
     dtype: StorageDtype = "float32"
     rounding: Rounding | None = None
     master: Flag = False
+    usage: Flag = False
     seed: Annotated[WholeNumber, within(RANGES["seed"])] = 0
     layout: Literal["auto", "columns", "rows", "grid"] = "auto"
     keys: Annotated[ProductKeys | FlatKeys, Field(discriminator="type")] | None = None
@@ -188,6 +190,7 @@ def resolve(config: TableConfig) -> TableSchema:
         keys=_key_spec(keys),
         rounding=config.rounding or default_rounding(config.dtype, master=config.master),
         master=config.master,
+        usage=config.usage,
     )
     return schema if config.page_slots else replace(schema, page_slots=default_page_slots(schema))
 

@@ -1,18 +1,21 @@
 """Creating and dropping tables. A creation is a task of the controller: it outlives the call that asked for it.
 
 The life of one: its schema is checked and its name taken; it waits for a rescale to end; it is placed, on a thread;
-every shard attaches it as pending and fills its pages, while others change tables too. One shard is told that it is
-made, which decides it: it is a table of the roster, and the others are told. A repeat of the call joins in, a drop of
-its name ends it, a failure leaves nothing behind; what a controller that dies leaves, ``agreement.recovery`` ends.
+every shard attaches it as pending and fills its pages, while others change tables too. A fork is attached likewise,
+while all else may change, and has its turn once more: for the moment, if pages and shards are what they were. One shard
+is told that it is made, which decides it: it is a table of the roster, and the others are told. A repeat of the call
+joins in, a drop of its name ends it, a failure leaves nothing behind; what a controller that dies leaves,
+``agreement.recovery`` ends.
 """
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
+from mempool.controller.saving.alike import differences, require_alike, require_no_key_table
 from mempool.controller.saving.forking import Fork, Forking, forked_view
 from mempool.controller.saving.making import Making, Origin, attached, creation
 from mempool.controller.telling import Telling
@@ -20,13 +23,11 @@ from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound
 from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
-    KeySpec,
     Placement,
     ShardInfo,
     ShardStatus,
     TableCreation,
     TableSchema,
-    TableSource,
     TableView,
 )
 from mempool.types.caller import Caller, calling
@@ -34,16 +35,11 @@ from mempool.types.keys import key_table, key_table_name
 from mempool.types.pool import MAX_PLACED_PAGES, MAX_TABLES, WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
-from mempool.types.schema_differences import schema_differences
 from mempool.types.sizes import bytes_by_owner, num_pages
 
 _LOG = logging.getLogger("mempool.controller")
 _FILL_TIMEOUT_S = 3600.0
 """Writing the initial values of a large table takes minutes; whoever waits for it has a deadline of their own."""
-_OF_PAGES = ("layout", "block_dim", "page_slots", "seed", "init_std")
-_OF_RATES = ("lr", "eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay", "max_norm")
-_MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
-"""A table may take the place of one that differs in these: who uses it finds what it knows."""
 
 
 class TableChanges:
@@ -79,8 +75,8 @@ class TableChanges:
         self._changing = changing
         self._making: dict[str, Making] = {}
 
-    async def create(self, schema: TableSchema, origin: Origin | Fork | None = None) -> TableView:
-        """Make a table, or wait for the one that is being made of the same schema, from the same origin.
+    async def create(self, schema: TableSchema) -> TableView:
+        """Make a table, or wait for the one that is being made of the same schema.
 
         Raises:
             InvalidRequest: The schema is wrong, or the pool has too many tables or pages.
@@ -90,18 +86,35 @@ class TableChanges:
             MempoolError: A shard could not attach it; it is on none then.
         """
         check_schema(schema)
-        if origin is None:
-            require_no_key_table(schema.name, "made")
-        return await self._create(schema, origin)
+        require_no_key_table(schema.name, "made")
+        return await self._create(schema)
+
+    async def restore(self, tables: Sequence[tuple[TableSchema, Origin]]) -> tuple[TableView, ...]:
+        """Make tables of a checkpoint's, each at once with that of its keys, if that is among them. Returns all views.
+        Raises as ``create`` does."""
+        names = {key_table_name(schema.name) for schema, _ in tables}
+        of_keys = {schema.name: (schema, origin) for schema, origin in tables if schema.name in names}
+        own = [(schema, origin) for schema, origin in tables if schema.name not in names]
+        made = await asyncio.gather(
+            *(
+                self._create(*each, keys=[keys] if (keys := of_keys.get(key_table_name(each[0].name))) else [])
+                for each in own
+            ),
+            return_exceptions=True,
+        )
+        for view in made:
+            if isinstance(view, BaseException):
+                raise view
+        return tuple(self._roster.view(schema.name) for schema, _ in tables)
 
     async def _create(
         self,
         schema: TableSchema,
         origin: Origin | Fork | None = None,
         *,
-        keys: Sequence[tuple[TableSchema, Fork]] = (),
+        keys: Sequence[tuple[TableSchema, Origin | Fork]] = (),
     ) -> TableView:
-        """keys: That of the keys of a fork."""
+        """keys: That of its keys, of a table that is restored or a fork."""
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
@@ -195,13 +208,20 @@ class TableChanges:
 
     async def idle(self) -> None:
         """Wait until no table is being filled. Call it with ``changing`` held, so that none begins meanwhile."""
-        while filling := [making.task for making in self._making.values() if making.view is not None and making.task]:
+        while filling := [making.task for making in self._filling.values() if making.task]:
             await asyncio.wait(filling)
 
     @property
     def filling(self) -> tuple[str, ...]:
         """Names of the tables that are being filled."""
-        return tuple(name for name, making in self._making.items() if making.view is not None)
+        return tuple(self._filling)
+
+    @property
+    def _filling(self) -> dict[str, Making]:
+        """Those whose pages are to stay where they were planned to be. A fork that prepares waits for its turn anew."""
+        return {
+            name: making for name, making in self._making.items() if making.view is not None and not making.prepares
+        }
 
     async def close(self) -> None:
         """End what is being made."""
@@ -247,7 +267,7 @@ class TableChanges:
                     f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
                 )
             if isinstance(origin, Origin):
-                _require_alike(present.schema, schema, origin.source)
+                require_alike(present.schema, schema, origin.source)
         else:
             found = "; ".join(differences(present.schema, schema))
             remedy = (
@@ -287,8 +307,7 @@ class TableChanges:
         return await self._create(schema, fork, keys=keys)
 
     async def _make(self, making: Making, *keys: Making) -> TableView:
-        """The table, and before it that of the keys that it trains; a checkpoint's has those of its own, a fork's come
-        with it."""
+        """The table, and before it that of the keys that it trains; a checkpoint's, or a fork's, come with it."""
         if making.origin is not None:
             return await self._make_all((*keys, making))
         name, own = making.schema.name, key_table(making.schema)
@@ -306,7 +325,7 @@ class TableChanges:
             raise
 
     async def _make_all(self, makings: Sequence[Making]) -> TableView:
-        """One table; or one that is a fork, the last, and before it that of its keys. Returns the last one's view."""
+        """One table; or one that is restored, or a fork, the last, and before it that of its keys. Returns its view."""
         infos: tuple[ShardInfo, ...] = ()
         last = makings[-1]
         try:
@@ -318,21 +337,23 @@ class TableChanges:
                     self._require_none(making.schema, making.origin)
                 infos, origin = self._roster.infos, last.origin
                 if isinstance(origin, Fork):
-                    await self._fork(makings, infos)
+                    await self._telling.require_settled(())
+                    forks = self._plan_forks(makings, infos)
                 else:
-                    await self._plan(last, origin, infos)
-            if not isinstance(origin, Fork):
-                assert last.view is not None, "it is planned"
-                request = attached(last.view, origin)
-                await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
+                    for making in makings:
+                        await self._plan(making, infos)
+            if isinstance(origin, Fork):
+                await self._forking.prepare(forks, infos)
+                async with self._changing:
+                    await self._take_forks(makings, forks, infos)
+            else:
+                await asyncio.gather(*(self._fill(making, infos) for making in makings))
             self._require_same(infos, last.schema.name)
-            views, before = [], []
-            for making in makings:
-                before.append(self._roster.find(making.schema.name))
-                views.append(await self._confirm(making, infos))
-            for view in filter(None, before):  # of two of one name the later one is the pool's, whoever hears of both
-                await self._drop_replaced(view.schema.table_id, infos)
-            return views[-1]
+            before = [self._roster.find(making.schema.name) for making in makings]
+            view = await self._confirm(makings, infos)
+            for gone in filter(None, before):  # of two of one name the later one is the pool's, whoever hears of both
+                await self._drop_replaced(gone.schema.table_id, infos)
+            return view
         except BaseException:
             for making in makings:
                 if making.view is not None:
@@ -345,7 +366,9 @@ class TableChanges:
         self._roster.dropped.add(table_id)
         await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
 
-    async def _plan(self, making: Making, origin: Origin | None, infos: tuple[ShardInfo, ...]) -> None:
+    async def _plan(self, making: Making, infos: tuple[ShardInfo, ...]) -> None:
+        origin = making.origin
+        assert not isinstance(origin, Fork), "its pages are where the other table's are"
         schema = replace(making.schema, table_id=making.table_id)
         view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos, self._roster.controller))
         self._roster.unfinished.add(making.table_id)
@@ -353,35 +376,67 @@ class TableChanges:
             view = self._roster.save(view, origin.source, origin.ledger.version)
         making.view = view
 
-    async def _confirm(self, making: Making, infos: tuple[ShardInfo, ...]) -> TableView:
-        """All shards have it: one is told that it is made, which decides it, then the others."""
-        view = making.view
-        assert view is not None, "shards have it"
-        made = AttachTable(view=view, mode="confirm")
-        making.asked = True
-        await self._calls.call(infos[0], lambda host: host.attach_table(made))
-        view = self._roster.put(view.schema, view.placement, saved=view.saved)
-        await self._telling.confirm(view, infos[1:])
-        return view
+    async def _fill(self, making: Making, infos: tuple[ShardInfo, ...]) -> None:
+        assert making.view is not None, "it is planned"
+        assert not isinstance(making.origin, Fork), "it is filled by its moment"
+        request = attached(making.view, making.origin)
+        await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
 
-    async def _fork(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> None:
-        """Have all shards hold them, with ``changing`` held: the other tables' pages stay where they are."""
-        await self._telling.require_settled(())
+    async def _confirm(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> TableView:
+        """All shards have them: one is told that they are made, which decides it for all of them at once, then the
+        others. Returns the last one's view."""
+        views = [making.view for making in makings if making.view is not None]
+        assert len(views) == len(makings), "shards have them"
+        made = AttachTable(view=views[-1], mode="confirm", also=tuple(view.schema.table_id for view in views[:-1]))
+        for making in makings:
+            making.asked = True
+        await self._calls.call(infos[0], lambda host: host.attach_table(made))
+        views = [self._roster.put(view.schema, view.placement, saved=view.saved) for view in views]
+        await self._telling.confirm(replace(made, view=views[-1]), infos[1:])
+        return views[-1]
+
+    def _plan_forks(self, makings: Sequence[Making], infos: tuple[ShardInfo, ...]) -> list[tuple[TableView, TableView]]:
+        """Views of them and of the tables that they are to be as."""
         forks = []
         for making in makings:
-            fork = making.origin
-            assert isinstance(fork, Fork), "all of them are"
-            base = self._roster.view(fork.table)
-            if base.schema.table_id != fork.table_id:
-                raise NotFound(f"table {fork.table!r} was dropped, or replaced, before it was forked")
+            base = self._base_of(making)
             schema = replace(making.schema, table_id=making.table_id)
             view = forked_view(schema, base, infos, self._roster.controller)
             making.bytes_of = bytes_by_owner(schema, view.placement.owners, view.placement.key_owners)
             forks.append((view, base))
         for making, (view, _) in zip(makings, forks, strict=True):
-            making.view = view
+            making.view, making.prepares = view, True
             self._roster.unfinished.add(making.table_id)
-        await self._forking.fork(forks, infos)
+        return forks
+
+    def _base_of(self, making: Making) -> TableView:
+        """The view of the table that it is to be as. Raises NotFound where that is not there any more."""
+        fork = making.origin
+        assert isinstance(fork, Fork), "it is one"
+        base = self._roster.view(fork.table)
+        if base.schema.table_id != fork.table_id:
+            raise NotFound(f"table {fork.table!r} was dropped, or replaced, before it was forked")
+        return base
+
+    async def _take_forks(
+        self,
+        makings: Sequence[Making],
+        forks: Sequence[tuple[TableView, TableView]],
+        infos: tuple[ShardInfo, ...],
+    ) -> None:
+        """Shards are ready: the moment, with ``changing`` held, if the pool is as it was when that was planned."""
+        for making, (_, planned) in zip(makings, forks, strict=True):
+            await self._know_all(making.schema.name)
+            self._require_none(making.schema, making.origin)
+            base = self._base_of(making)
+            if self._roster.infos != infos or not base.placement.same_owners(planned.placement):
+                raise ShardUnavailable(
+                    f"pages of table {base.schema.name!r} have moved, or shards have come, gone or started anew, while "
+                    f"table {making.schema.name!r} was prepared to be a fork of it. Nothing was changed; ask again"
+                )
+            making.prepares = False
+        await self._telling.require_settled(())
+        await self._forking.take(forks)
 
     async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
         """Leave nothing of a table on any shard. Where one was asked to confirm it, that one says whether it is made:
@@ -425,16 +480,6 @@ class TableChanges:
         await asyncio.wait([making.task])
 
 
-def require_no_key_table(name: str, what: str) -> None:
-    """Raises InvalidRequest for the name of a table of keys, which has no life of its own. what: "made", "saved"."""
-    if name.endswith(key_table_name("")):
-        owner = name.removesuffix(key_table_name(""))
-        raise InvalidRequest(
-            f"table {shown(name)} has the keys of table {shown(owner)}, and is {what} with it: name that one. Nothing "
-            "was changed."
-        )
-
-
 def first_view(
     schema: TableSchema, infos: tuple[ShardInfo, ...], controller: str = ""
 ) -> tuple[TableView, dict[int, int]]:
@@ -443,28 +488,3 @@ def first_view(
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
     bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
     return TableView(schema=schema, placement=placement, shards=infos, controller=controller), bytes_of
-
-
-def _require_alike(present: TableSchema, schema: TableSchema, source: TableSource) -> None:
-    """Raises AlreadyExists where a table is not to take the place of another one: who uses that would find what they do
-    not know."""
-    if found := differences(present, schema, aside=_MAY_DIFFER):
-        of = f" of checkpoint {source.checkpoint!r}" if source.checkpoint else ""
-        what = f"table {source.table!r}{of} in {source.url}"
-        raise AlreadyExists(
-            f"{what} is another one than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under "
-            f"another name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was "
-            "changed."
-        )
-
-
-def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[str] = ("table_id",)) -> list[str]:
-    """Fields in which two schemas differ: "optimizer.lr is 0.1, not 0.2". aside: Fields that may."""
-    return [
-        f"{found.path} is {_shown(found.first)}, not {_shown(found.second)}"
-        for found in schema_differences(present, asked, aside=aside)
-    ]
-
-
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, KeySpec) else shown(value)

@@ -265,7 +265,8 @@ class Controller:
             yield progress
 
     async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
-        """Make tables of a checkpoint's, each whole or not at all; goes on where the caller does not wait.
+        """Make tables of a checkpoint's, each with its keys and whole, or not at all; goes on where the caller does not
+        wait.
 
         Raises:
             NotFound: There is no such checkpoint, or it has no such table.
@@ -278,11 +279,7 @@ class Controller:
         found = await self._runner.run(lambda: origins_of(request), name="mempool-checkpoint")
         await self._changes.drop_left_over(found)
         self._changes.require_new(found)
-        views = await asyncio.gather(*(self._changes.create(*each) for each in found), return_exceptions=True)
-        for view in views:
-            if isinstance(view, BaseException):
-                raise view
-        return tuple(view for view in views if not isinstance(view, BaseException))
+        return await self._changes.restore(found)
 
     async def fork(self, request: ForkTable) -> TableView:
         """Make a table that is another one as it is now, with its optimizer state and step count; goes on where the

@@ -57,9 +57,8 @@ class Telling:
             self.untold()
         return failed
 
-    async def confirm(self, view: TableView, infos: Sequence[ShardInfo]) -> None:
-        """Make shards answer for a table that is made. Those that miss it are told when they are settled."""
-        request = AttachTable(view=view, mode="confirm")
+    async def confirm(self, request: AttachTable, infos: Sequence[ShardInfo]) -> None:
+        """Make shards answer for tables that are made. Those that miss it are told when they are settled."""
         for number in range(_PUSH_TRIES):
             if number:
                 await asyncio.sleep(_PUSH_PAUSE_S)
@@ -73,7 +72,7 @@ class Telling:
         self.untold()
         _LOG.warning(
             "table %r of pool %s is made; shard %s does not know it yet, and is told again",
-            view.schema.name,
+            request.view.schema.name,
             self._pool,
             ", ".join(str(info.shard) for info in infos),
         )

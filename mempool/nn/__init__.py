@@ -10,6 +10,7 @@ from mempool.nn.modalities import InfoNCE, MultiModalMemory
 from mempool.nn.ngrams import NgramLookup, NgramMemory, NgramRows, Ngrams, canonical_ids
 from mempool.nn.optimizer import PoolOptimizer
 from mempool.nn.pending import PendingMemory
+from mempool.nn.stable.initial import init_values
 from mempool.nn.state import PoolState
 from mempool.nn.tables import reading
 
@@ -29,6 +30,7 @@ __all__ = [
     "TableGradient",
     "canonical_ids",
     "from_pretrained",
+    "init_values",
     "reading",
     "retrofit",
     "save_pretrained",

@@ -15,7 +15,7 @@ Scores = Literal["softmax", "relu"] | Callable[[Tensor], Tensor]
 
 
 class MemoryLookup(NamedTuple):
-    """The slots of every token, by (score descending, id ascending).
+    """The slots of every token, by (score descending, id ascending); those at random (``random_slots``) behind them.
 
     Attributes:
         ids: [..., H, K] int64.
@@ -39,12 +39,18 @@ def checked_scores(scores: Scores) -> Scores:
     raise InvalidRequest(f'scores must be "softmax", "relu" or a function of scores [B, H, K], got {scores!r}')
 
 
-def weights_of(scores_BHK: Tensor, scores: Scores) -> Tensor:
+def weights_of(scores_BHK: Tensor, scores: Scores, sink_H: Tensor | None = None) -> Tensor:
     """Weights [B, H, K] float32.
+
+    Args:
+        sink_H: Of a softmax, the score of a slot that has no value and takes part in each head's.
 
     Raises:
         InvalidRequest: A function of the caller's answered another shape.
     """
+    if sink_H is not None:
+        nowhere = sink_H.float()[:, None].expand(*scores_BHK.shape[:2], 1)
+        return torch.softmax(torch.cat([scores_BHK, nowhere], dim=-1), dim=-1)[..., :-1]
     if scores == "softmax":
         return torch.softmax(scores_BHK, dim=-1)
     if scores == "relu":

@@ -175,8 +175,9 @@ class TableGradient(nn.Parameter):
         # A gradient of nothing but zeros stays one, whatever it is multiplied with.
         return self._scaled_norm.item() / self._norm if self._norm > 0.0 else 1.0
 
-    def rescale(self, scale: float) -> None:
-        """Let it be multiplied with this since it was prepared, whatever was done to it meanwhile."""
+    def ask_again(self, scale: float) -> None:
+        """All ranks begin the step anew: it is prepared once more, and then multiplied with this alone."""
+        self._generation = -1  # of no group
         if self.known and self._norm is not None and math.isfinite(self._norm):
             norm = torch.tensor([self._norm * scale], dtype=torch.float64, device="cpu")
             self._scaled_norm = TableNorm.of(norm, self)

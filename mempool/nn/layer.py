@@ -22,9 +22,11 @@ from mempool.nn.choice import MemoryLookup, Scores, checked_scores
 from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
 from mempool.nn.keys.finding import FindsSlots
 from mempool.nn.keys.options import Keys, Score, key_options
+from mempool.nn.keys.queries import QueryNorm, query_part
 from mempool.nn.parts import Gate, Out, gate_part, out_part, projected
 from mempool.nn.pending import PendingMemory
 from mempool.nn.sizes import checked_dropout, checked_int, checked_std, checked_table, checked_topk
+from mempool.nn.stable.exploring import checked_exploring
 from mempool.nn.values import LayerLink, follows, key_link, values_parameter
 
 _VERSION = "table_version"
@@ -47,6 +49,9 @@ class MemoryLayer(FindsSlots):
         y           = out(silu(gate(x)) * bag)               gate="silu": Memory+
         y           = bag, or out(bag) where V != out_dim    gate="none": the plain memory layer
         y           = sigmoid(gating(x)) * y                 mem_gated=True
+
+    In training ``key_dropout``, ``sample_from`` and ``random_slots`` choose other slots than the best; weights are
+    always the softmax of the true scores of those that were chosen.
 
     One table of values V is shared by all heads, and by every other layer made with it.
 
@@ -83,12 +88,16 @@ class MemoryLayer(FindsSlots):
         gate: Linear(dim, value_dim); None with gate="none".
         out: Linear(value_dim, out_dim); None where nothing needs projecting.
         gating: Linear(dim, 1) with mem_gated; else None.
+        sink: With ``sink`` a Parameter [heads]; else None.
         values: Parameter [1], see above.
         pool_keys: With keys="pool" a Parameter [1] that stands for the keys of the pool as ``values`` does for its
             values; else None.
         table: The table, shared by reference.
         keep_lookup: Set it to have each call's lookup kept, detached, in ``last_lookup``.
         last_lookup: ``MemoryLookup`` or None.
+        count_usage: Set it to have this process count which slots each head chose, for ``usage()``, from then on: 8
+            bytes a slot and head. A pair counts when its gradient is pushed, also where the step is dropped later. A
+            copy of the layer counts for itself, and nothing at first.
 
     Args:
         dim: Width of the input.
@@ -119,9 +128,19 @@ class MemoryLayer(FindsSlots):
         out_dim: Width of the output; dim if None.
         scores: What makes weights of the scores of the chosen slots: "softmax", "relu", or a function of [B, H, K]
             float32 that answers weights of that shape.
+        sink: A trained score of each head in the softmax beside those of its slots, 0 at first, of a slot without a
+            value: weights may sum up to less than 1, so that a token need not take what it does not want.
         qk_norm: Normalise each part of a query and every half-key to a root mean square of 1, and divide the scores by
             sqrt(key_dim), as attention with qk-norm does: bounds the scores by sqrt(key_dim), for stable training.
-        query_norm: Normalise each whole query to a root mean square of 1 (no learned gain: keys can learn it).
+        query_norm: "rms" or True: normalise each whole query to a root mean square of 1 (no learned gain: keys can
+            learn it). "batch": each component over all tokens of a call, which spreads queries over slots (arXiv
+            1907.05242); "layer": each head's query. Both with a learned gain and bias, in ``query``.
+        key_dropout: In training leave each half-key out of a call with this probability, for all of its tokens: others
+            get their turn. Of product keys with score="sum".
+        sample_from: In training sample ``topk`` of the best so many slots, without replacement, with probabilities in
+            the ratio of ``exp(score)`` (Gumbel-top-k). None: take the best.
+        random_slots: In training take so many slots besides, at random of all the others, so that each is trained at
+            times. Not with keys="pool", as the two above.
         input_dropout: Of x, before everything else.
         query_dropout: Of ``query(x)``.
         value_dropout: Of the output, before ``gating``.
@@ -169,8 +188,12 @@ class MemoryLayer(FindsSlots):
         out: Out | nn.Module = "auto",
         out_dim: int | None = None,
         scores: Scores = "softmax",
+        sink: bool = False,
         qk_norm: bool = False,
-        query_norm: bool = False,
+        query_norm: bool | QueryNorm = False,
+        key_dropout: float = 0.0,
+        sample_from: int | None = None,
+        random_slots: int = 0,
         input_dropout: float = 0.0,
         query_dropout: float = 0.0,
         value_dropout: float = 0.0,
@@ -199,10 +222,22 @@ class MemoryLayer(FindsSlots):
             qk_norm=qk_norm,
             key_init_std=key_init_std,
             deterministic=not deterministic,
+            key_dropout=key_dropout or None,
+            sample_from=sample_from,
+            random_slots=random_slots or None,
         )
         self.heads, self.key_dim, self.ways = options.heads, options.key_dim, options.ways
         self.codebook_size = options.codebook_size
         self.scores = checked_scores(scores)
+        self.exploring = checked_exploring(
+            key_dropout, sample_from, random_slots, topk=self.topk, num_slots=schema.num_slots
+        )
+        if self.exploring.key_dropout and options.kind != "product":
+            raise InvalidRequest(
+                f'key_dropout = {key_dropout!r} is of product keys with score="sum"; these are {options.kind} keys'
+            )
+        if sink and scores != "softmax":
+            raise InvalidRequest(f'sink is of scores="softmax", and takes part in that sum; got scores = {scores!r}')
         self.input_dropout = checked_dropout("input_dropout", input_dropout)
         self.query_dropout = checked_dropout("query_dropout", query_dropout)
         self.value_dropout = checked_dropout("value_dropout", value_dropout)
@@ -217,12 +252,14 @@ class MemoryLayer(FindsSlots):
         self.keep_lookup = False
         self.last_lookup: MemoryLookup | None = None
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        width = self.heads * self.key_dim
-        self.query = nn.Linear(self.dim, width, bias=query_bias, **made) if query is None else query
+        self.query = query_part(
+            query, query_norm, self.dim, heads=self.heads, key_dim=self.key_dim, bias=query_bias, made=made
+        )
         self._make_keys(options, made)
         self.gate = gate_part(gate, self.dim, schema.value_dim, made)
         self.out = out_part(out, schema.value_dim, self.out_dim, made, gated=self.gate is not None)
         self.gating = nn.Linear(self.dim, 1, **made) if mem_gated else None
+        self.sink = nn.Parameter(torch.empty(self.heads, **made)) if sink else None
         self.values = values_parameter(**made)
         self.pool_keys = values_parameter(**made) if options.kind == "pool" else None
         self._link = LayerLink(table, self.values)
@@ -339,8 +376,7 @@ class MemoryLayer(FindsSlots):
             self.last_lookup = lookup.detached()
 
     def _shaped(self, queries: Tensor, *parts_BHK: Tensor) -> MemoryLookup:
-        shape = (*queries.shape[:-2], self.heads, self.topk)
-        return MemoryLookup(*(part.view(shape) for part in parts_BHK))
+        return MemoryLookup(*(part.view(*queries.shape[:-1], part.shape[-1]) for part in parts_BHK))
 
     def _lookup(self, queries: Tensor) -> tuple[Tensor, MemoryLookup]:
         """[..., heads, key_dim] float32 -> bags [B, value_dim] float32, and what was chosen."""
@@ -360,7 +396,7 @@ class MemoryLayer(FindsSlots):
         return None if self.gate is None else F.silu(self.gate(x))
 
     def extra_repr(self) -> str:
-        norms = "".join(f", {name}=True" for name in ("qk_norm", "query_norm") if getattr(self, name))
+        norms = "".join(f", {name}={getattr(self, name)}" for name in ("qk_norm", "query_norm") if getattr(self, name))
         schema = self.table.schema
         return (
             f"dim={self.dim}, table={schema.name!r} ({schema.num_slots} slots x {schema.value_dim}),"
@@ -375,7 +411,8 @@ class MemoryLayer(FindsSlots):
     def use_table(self, table: Table) -> None:
         """Look up in this one from now on: the layer's own at a version, or its own again."""
         before, keys = (self._link, self._key_link), key_link(table, self.pool_keys)
-        self.table, self._link, self._key_link = table, LayerLink(table, self.values), keys
+        self.table, self._key_link = table, keys
+        self._link = LayerLink(table, self.values, counts=self._link.counts)
         for link in before:
             if link is not None:
                 link.end()
@@ -385,7 +422,7 @@ class MemoryLayer(FindsSlots):
         it."""
         if follows(self._link, self.values):
             self._link.end()
-            self._link = LayerLink(self.table, self.values)
+            self._link = LayerLink(self.table, self.values, counts=self._link.counts)
         if self._key_link is not None and follows(self._key_link, self.pool_keys):
             self._key_link.end()
             self._key_link = key_link(self.table, self.pool_keys)

@@ -167,6 +167,12 @@ class PoolOptimizer(torch.optim.Optimizer):
         if float(getattr(self, "found_inf", 0.0)) > 0.0:
             self.last_norm = math.inf
             self.zero_grad()
+            counting = [
+                TableCommit(gradient.table.link, lr=lr)
+                for lr, gradient in zip(lrs, self._gradients(), strict=True)
+                if gradient.table.link.counts_steps
+            ]
+            commit_tables(counting)  # of nothing: others would wait for this step of a rank that has skipped it
             return loss
         before = [gradient.scale for gradient in self._gradients()]
         try:
@@ -181,7 +187,7 @@ class PoolOptimizer(torch.optim.Optimizer):
             )
         except RankLost:
             for gradient, scale in zip(self._gradients(), before, strict=True):
-                gradient.rescale(scale)  # whoever comes back scales and clips it from the beginning, as the same call
+                gradient.ask_again(scale)  # whoever comes back scales and clips it from the beginning, as the same call
             raise
         self._look()
         return loss

@@ -11,6 +11,7 @@ from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Mark
 from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import LookupRecord
+from mempool.nn.usage import HeadCounts
 from mempool.types import TrainedKeySpec
 from mempool.types.bags import Act, Bags
 
@@ -35,11 +36,13 @@ class LayerLink:
     Args:
         table: The table.
         parameter: The layer's, while nothing has put another in its place.
+        counts: Where what heads choose is counted, once its gradient is pushed; None: nowhere.
     """
 
-    def __init__(self, table: Table, parameter: nn.Parameter) -> None:
+    def __init__(self, table: Table, parameter: nn.Parameter, *, counts: HeadCounts | None = None) -> None:
         self._link = table.link
         self.parameter = parameter
+        self.counts = counts
         self._mark = Mark(parameter) if has_mark(parameter) else None
         if self._mark is not None:
             self._link.markers.add(self._mark)
@@ -62,8 +65,8 @@ class LayerLink:
 
     def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
         answer = self._link.send_update(record, grads, hold=hold, want_weight_grad=want_weight_grad)
-        if hold and self._mark is not None:
-            self._mark.pushed()
+        if hold:
+            self._pushed(record)
         return answer
 
     def send_experts(self, bags: Bags, inputs: Tensor, *, act: Act, remember: bool) -> tuple[Tensor, LookupRecord]:
@@ -73,8 +76,8 @@ class LayerLink:
         self, record: LookupRecord, grads: Tensor, *, hold: bool, want_grads: bool
     ) -> tuple[Tensor, Tensor] | None:
         answer = self._link.send_expert_update(record, grads, hold=hold, want_grads=want_grads)
-        if hold and self._mark is not None:
-            self._mark.pushed()
+        if hold:
+            self._pushed(record)
         return answer
 
     def begin_gather(self, bags: Bags, *, remember: bool) -> PendingAnswer:
@@ -82,9 +85,15 @@ class LayerLink:
 
     def begin_update(self, record: LookupRecord, grads: Tensor, *, hold: bool) -> Pending[Tensor | None]:
         pending = self._link.begin_update(record, grads, hold=hold)
-        if hold and self._mark is not None:
-            self._mark.pushed()
+        if hold:
+            self._pushed(record)
         return pending
+
+    def _pushed(self, record: LookupRecord) -> None:
+        if self._mark is not None:
+            self._mark.pushed()
+        if self.counts is not None:
+            self.counts.add(record.bags.ids, record.bags.num_bags)
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
         return self._link.release(record)

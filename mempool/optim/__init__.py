@@ -2,6 +2,17 @@
 
 from mempool.config import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam
 from mempool.nn import PoolOptimizer
+from mempool.nn.stable.schedule import ValueLR
 from mempool.optim.joint import JointOptimizer
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "JointOptimizer", "PoolOptimizer", "RowWiseAdagrad", "RowWiseAdam"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "JointOptimizer",
+    "PoolOptimizer",
+    "RowWiseAdagrad",
+    "RowWiseAdam",
+    "ValueLR",
+]

@@ -130,6 +130,7 @@ class Services:
                 self._of(methods.READ_ROWS, shard.read_rows),
                 self._of(methods.WRITE_ROWS, shard.write_rows),
                 self._of(methods.STEP_COUNT, shard.step_count),
+                self._of(methods.USAGE, shard.usage),
                 self._of(methods.MEET, shard.meet),
                 self._of(methods.PIN, shard.pin),
                 self._of(methods.OPEN_LINE, open_line or _no_line),
@@ -155,6 +156,7 @@ class Services:
                 pending=request.pending,
                 source=request.source,
                 fork=request.fork,
+                also=request.also,
             )
             await shard.attach_table(attached)
 

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
+from mempool.errors import InvalidRequest
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.array_gathers import ArrayGathers
-from mempool.shard.durable.records import Counted, Held, Written
+from mempool.shard.durable.records import Held
 from mempool.shard.experts.answers import AskedExperts, ExpertAnswers, answer_of, held_twice, joined_gradients
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
 from mempool.shard.reading.begun import BegunGather, Pieces, Read, Space, form_of, parts_at_once, row_bytes
 from mempool.shard.reading.pieces import queries_at_once
 from mempool.shard.reading.pinned import PinnedTable, answered_pin, pinned
+from mempool.shard.reading.rows import RowAnswers
 from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
@@ -35,27 +37,20 @@ from mempool.types import (
     GatherRequest,
     PinReply,
     PinRequest,
-    ReadRowsReply,
     ReadRowsRequest,
     ScoreReply,
     ScoreRequest,
-    StepCountReply,
-    StepCountRequest,
     UpdateReply,
     UpdateRequest,
-    WriteRowsReply,
-    WriteRowsRequest,
 )
 from mempool.types.bags import Bags
 from mempool.types.running import Clock
 
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
 """Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
-COPY_PIECE_BYTES = 64 * 2**20
-"""Bytes of rows that are read as they are at once."""
 
 
-class Answers:
+class Answers(RowAnswers):
     """The data half of a shard.
 
     Args:
@@ -274,6 +269,10 @@ class Answers:
             return self._updated(request, table, None, self._experts.again(table, request, held), caller)
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
+            if held.input_dim and request.want_weight_grad:
+                raise InvalidRequest(
+                    f"update {request.sequence} is held, of experts, and no act was given. Nothing was changed."
+                )
             update = held
         else:
             bounds.check_lookups(request.lookups)
@@ -369,7 +368,8 @@ class Answers:
         if new is not None and not table.is_decided(request.step_id):
             self._tenancy.log.require(new.num_bytes)
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
-            table.storage.heat.used(new.bags.ids)
+            pairs = new.bags.num_pairs // 2 if new.input_dim else new.bags.num_pairs  # those of experts are there twice
+            table.storage.heat.used(new.bags.ids[:pairs])
             if self._tenancy.log.keeps:
                 self._tenancy.log.add(Held(table.table_id, request.step_id, request.sequence, new))
             self._tenancy.make_room()
@@ -404,67 +404,6 @@ class Answers:
             ids[first : first + num_queries] = self._copy_out(found)
             yield
         return ScoreReply(stamp=stamp, heads=heads, scores=scores, ids=ids)
-
-    def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Parked | Pieces[ReadRowsReply]:
-        table = self._of(request)
-        if (waits := self._waits(table, request.envelope)) is not None:
-            return waits
-        ids = validate.check_read(table.storage, request, reply_bytes=self._reply_bytes)
-        blocks = table.storage.row_blocks(request.array)
-        self._reserve(validate.row_bytes(table.storage, request.array) * ids.shape[0])
-        num_rows = max(1, COPY_PIECE_BYTES // max(1, validate.row_bytes(table.storage, request.array)))
-        if ids.shape[0] > num_rows:
-            return self._read_in_pieces(request, table, ids, num_rows)
-        rows = self._copy_out(table.storage.read(request.array, ids))
-        return ReadRowsReply(stamp=table.stamp, blocks=blocks, rows=rows)
-
-    def _read_in_pieces(
-        self, request: ReadRowsRequest, table: Read, ids: Tensor, num_rows: int
-    ) -> Pieces[ReadRowsReply]:
-        stamp, blocks = table.stamp, table.storage.row_blocks(request.array)
-        rows: Tensor | None = None
-        for first in range(0, ids.shape[0], num_rows):
-            table = self._of(request)
-            part = self._copy_out(table.storage.read(request.array, ids[first : first + num_rows]))
-            if rows is None:
-                rows = torch.empty((ids.shape[0], part.shape[1]), dtype=part.dtype)
-            rows[first : first + num_rows] = part
-            yield
-        assert rows is not None, "there are more rows than a piece has"
-        return ReadRowsReply(stamp=stamp, blocks=blocks, rows=rows)
-
-    def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply | Parked:
-        table = self._tenancy.fenced(request.envelope)
-        if (waits := self._waits(table, request.envelope)) is not None:  # what the client committed comes before it
-            return waits
-        if table.frozen or table.storage.crowded():
-            return table.park_until_thaw(self._asked_s())
-        ids = validate.check_array(table.storage, request.array, request.ids)
-        rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
-        bounds.check_write(request.write_id)
-        if table.writes.is_due(request.write_id):
-            self._tenancy.log.require(rows.nbytes + ids.nbytes)
-            table.num_writes += 1
-            table.storage.write(request.array, ids, rows)
-            self._tenancy.log.add(Written(request))
-        table.writes.did(request.write_id)
-        return WriteRowsReply(stamp=table.stamp)
-
-    def step_count(self, request: StepCountRequest) -> StepCountReply | Parked:
-        table = self._tenancy.fenced(request.envelope)
-        if (waits := self._waits(table, request.envelope)) is not None:
-            return waits
-        if request.set is not None:
-            if table.frozen:  # the ledger is on its way to other shards
-                return table.park_until_thaw(self._asked_s())
-            bounds.check_number("set", request.set)
-            bounds.check_write(request.write_id)
-            if table.writes.is_due(request.write_id):
-                self._tenancy.log.require()
-                table.ledger.count_steps(request.set, at_version=request.at_version)
-                self._tenancy.log.add(Counted(request))
-            table.writes.did(request.write_id)
-        return StepCountReply(stamp=table.stamp, count=table.ledger.step)
 
     def _of(self, request: GatherRequest | ScoreRequest | ReadRowsRequest) -> Read:
         """What it reads. Raises as ``Tenancy.fenced``, and VersionGone."""

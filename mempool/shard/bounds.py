@@ -12,6 +12,7 @@ from mempool.agreement.writes import MAX_OPEN
 from mempool.errors import InvalidRequest, RequestTooLarge
 from mempool.shard.steps.budget import MIB
 from mempool.types import (
+    AttachTable,
     CommitPart,
     CommitRequest,
     DiscardRequest,
@@ -38,6 +39,8 @@ MAX_LOOKUPS = 4096
 MAX_RELEASED = 65_536
 """Lookups that one gather releases."""
 MAX_FREEZE_S = 3600.0
+_MOST_CONFIRMED = 8
+"""Tables that are made by one word, beside the one that it is about."""
 _MAX_RANK = 2**32 - 1
 _MAX_NUMBER = 2**53 - 1  # steps, sequences: every client's language can hold them
 MAX_LOOKUP_ID = _MAX_WRITER = 2**64 - 1
@@ -213,6 +216,15 @@ def check_token(token: str) -> None:
     """Raises InvalidRequest for a long one."""
     if len(token.encode("utf-8", "surrogatepass")) > MAX_TOKEN_BYTES:
         raise InvalidRequest(f"the token {shown(token)} has more than {MAX_TOKEN_BYTES} bytes. Nothing was changed.")
+
+
+def check_also(request: AttachTable) -> None:
+    """Raises InvalidRequest where tables are named that are not to be confirmed, or too many."""
+    if request.also and (request.mode != "confirm" or len(request.also) > _MOST_CONFIRMED):
+        raise InvalidRequest(
+            f"{len(request.also)} tables are named beside table {request.view.schema.name!r}, which is to be attached "
+            f'("{request.mode}"): only "confirm" names others, at most {_MOST_CONFIRMED}. Nothing was changed.'
+        )
 
 
 def check_ledger(ledger: Ledger | None) -> None:

@@ -79,6 +79,7 @@ from mempool.types import (
 )
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
+from mempool.types.usage import UsageReply, UsageRequest
 
 if TYPE_CHECKING:  # the wire's codecs come with them, which an embedded pool that keeps nothing does not need
     from mempool.shard.durable.store import Store
@@ -94,12 +95,10 @@ class Engine:
     Args:
         info: Which shard this is, and which start of it.
         device: Where its pages lie, "cpu" or "cuda...". Requests and replies are on the CPU.
-        peers: Reaches another shard, to pull pages from it. What it returns stays its own: the engine never closes it.
-            None where pages are never pulled.
+        peers: Reaches another shard, to pull pages from it; the engine never closes it. None: none are ever pulled.
         pool: Name of the pool, for messages.
-        memory_bytes: Bytes of pages, of all tables together; a new table, or pages of a move, that would exceed them
-            are refused with InvalidRequest. Pages at rest are counted: while an arena grows it has two copies for a
-            moment. None: whatever the device has.
+        memory_bytes: Bytes of pages, of all tables together, at rest; a new table, or pages of a move, that would
+            exceed them are refused with InvalidRequest. None: whatever the device has.
         client_memory_bytes: What clients may make the shard hold: updates that are not committed, calls that wait or
             are answered, lookups remembered for their gradients. Each trainer has a fair share. What is too much is
             refused with Overloaded, or RequestTooLarge where it could never fit; lookups are forgotten, oldest first.
@@ -109,12 +108,10 @@ class Engine:
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
         version_memory_bytes: Of ``memory_bytes``, where pages leave it, for versions that are read; None: an eighth.
-        held_lease_s: Seconds of silence after which what a rank holds is dropped; a trainer that lives is asked for it
-            again.
+        held_lease_s: Seconds of silence after which what a rank holds is dropped; one that lives is asked for it again.
         max_message_bytes: What a message may have; larger ones are refused before any work. None: there is no message.
         max_answer_bytes: What values, scores and rows for a client may have, likewise; None: as much as a message.
-        on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
-            ended then and refuses everything. None: nobody needs to know.
+        on_fatal: Told, on the engine's thread, why the shard cannot go on (a broken CUDA context, say): it has ended.
         on_loaded: Told when kernels that a new table needs are loaded.
         stages: Where its work is timed, with that of the server before it; None: on its own.
         configured: Limits come from a config file; messages name its keys.
@@ -301,6 +298,10 @@ class Engine:
         reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, cost)
         return reply
 
+    async def usage(self, request: UsageRequest) -> UsageReply:
+        reply: UsageReply = await self._ask("usage", self._answers.usage, request, cost_of())
+        return reply
+
     async def pin(self, request: PinRequest) -> PinReply:
         reply: PinReply = await self._ask("pin", self._answers.pin, request, cost_of())
         return reply
@@ -319,6 +320,9 @@ class Engine:
         """
         if request.mode == "restore":
             check_source(request.source)
+        fill = partial(self._thread.run, "fill", caller=_TABLES)
+        while request.mode == "forked" and not await fill(self._changes.prepare_fork, request):
+            pass  # what has come since it was attached
         table = await self._control("attach_table", self._changes.attach, request)
         if request.mode in ("confirm", "forked"):
             return
@@ -327,7 +331,7 @@ class Engine:
         if request.mode == "restore":
             await self._restoring.restore(table, request)
             return
-        while not await self._thread.run("fill", self._changes.fill, table, caller=_TABLES):
+        while not await fill(self._changes.fill, table):
             pass
 
     async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
@@ -335,16 +339,14 @@ class Engine:
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float, renew: bool = False) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
-        version: int
         try:
             async with asyncio.timeout(timeout_s):
-                version = await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s, renew))
+                return int(await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s, renew)))
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise
             give_up = partial(self._tenancy.give_up_freeze, timeout_s=timeout_s)
-            version = await self._control("freeze", give_up, (table_id, token))
-        return version
+            return int(await self._control("freeze", give_up, (table_id, token)))
 
     async def thaw(self, table_id: int, *, token: str = "") -> None:
         bounds.check_token(token)

@@ -476,7 +476,9 @@ class HostedTable:
         self.measure()
 
     def close(self) -> None:
-        """Give back what is held, and let those who wait find out."""
+        """Give back what is held, and let those who wait find out. Memory that forks share is theirs from here on: what
+        is read of it as it was is read no more."""
+        self.storage.on_change("its table was dropped")
         self.updates.clear()
         self.storage.moments.end("the table was dropped")
         self.storage.close()

@@ -14,7 +14,7 @@ import torch
 from mempool import kernels
 from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError, NotFound, StalePlacement
 from mempool.observe import Stages
-from mempool.shard.bounds import check_ledger, check_rank, check_reply, no_memory
+from mempool.shard.bounds import check_also, check_ledger, check_rank, check_reply, no_memory
 from mempool.shard.durable.log import NO_LOG, Log
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.transfer import check_round, check_version, export, ledger_part
@@ -157,12 +157,14 @@ class Tenancy:
         Raises:
             InvalidRequest: It is here already, with pages, at an earlier epoch; or another one is; or it does not fit.
             StalePlacement: It is here at a later epoch.
-            NotFound: It is to be confirmed, and is not here.
+            NotFound: It is to be confirmed, and is not here, or one is not that is confirmed with it.
         """
+        check_also(request)
         if request.mode == "confirm":
-            confirmed = self.table(request.view.schema.table_id)
-            confirmed.pending = False
-            return confirmed
+            confirmed = [self.table(each) for each in (request.view.schema.table_id, *request.also)]
+            for each in confirmed:
+                each.pending = False
+            return confirmed[0]
         check_ledger(request.ledger)
         if request.view.schema.table_id in self.ended:
             raise NotFound(
@@ -229,6 +231,11 @@ class Tenancy:
         if self.tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while it was being made", shard=self._info.shard)
         try:
+            if table.forked is not None and table.fork_of not in self.tables:
+                raise NotFound(
+                    f"table {table.fork_of} was dropped while a fork of it, table {table.view.schema.name!r}, was made",
+                    shard=self._info.shard,
+                )
             return table.fill()
         except Exception as error:
             self.drop(table.table_id)  # half a table must not answer

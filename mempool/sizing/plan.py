@@ -11,12 +11,12 @@ from mempool.sizing.demands import Hosts, Model
 from mempool.sizing.machine import Machine
 from mempool.sizing.split import Split, split, values_bytes
 from mempool.sizing.times import StepTime, step_time
-from mempool.sizing.traffic import Traffic, traffic, traffic_of
+from mempool.sizing.traffic import Traffic, keys_traffic, keys_traffic_of, traffic, traffic_of
 from mempool.sizing.warnings import warnings_of
 from mempool.types import MAX_SHARDS, TableSchema
 from mempool.types.schema import Layout
 from mempool.types.schema_checks import MAX_BLOCKS, schema_problems
-from mempool.types.sizes import num_pages, owned_bytes
+from mempool.types.sizes import owned_bytes
 
 _LAYOUTS: tuple[Layout, ...] = ("columns", "rows", "grid")
 _LEAST_BLOCK = 8
@@ -24,6 +24,7 @@ _LEAST_BLOCK = 8
 PLACEMENT_BYTES = 4
 _MOST_GROWN = 1024
 _USUAL_PATH = "gRPC"
+_CALLS_OF_KEYS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +33,9 @@ class Option:
 
     Attributes:
         split: Of each table.
-        traffic: Of one trainer's look-up and update in one layer, with all shards.
+        traffic: Of one trainer's look-up and update in one layer, with all shards; with that of keys in the pool.
         busiest: The same with the shard that has most.
-        time: Of a step of all layers and trainers; None without a machine's constants.
+        time: Of a step of all layers and trainers, without keys in the pool; None without a machine's constants.
     """
 
     split: Split
@@ -91,8 +92,8 @@ class Plan:
 
     @property
     def view_bytes(self) -> int:
-        """Of one table: what each client, and each shard, is told of where pages are."""
-        return PLACEMENT_BYTES * num_pages(self.best.split.schema)
+        """Of one table and its keys: what each client, and each shard, is told of where pages are."""
+        return PLACEMENT_BYTES * self.best.split.num_pages
 
     @property
     def client_bytes(self) -> int:
@@ -102,10 +103,11 @@ class Plan:
     @property
     def client_calls(self) -> int:
         """Calls of a trainer in a step: a look-up and an update of each layer, and, of all tables together, Prepare
-        and Commit."""
+        and Commit. Of keys in the pool three more of each layer: their scores, sums of them, and their update."""
         split = self.best.split
         agreed = 2 * split.owners if split.owners > 1 else 1
-        return 2 * self.model.layers * split.asked + agreed
+        of_keys = 0 if split.keys is None else _CALLS_OF_KEYS * split.keys.asked
+        return self.model.layers * (2 * split.asked + of_keys) + agreed
 
     @property
     def host_shards(self) -> int:
@@ -126,7 +128,8 @@ class Plan:
     def host_calls(self) -> int:
         """Calls that its shards answer in a step of all trainers."""
         agreed = 2 if self.best.split.owners > 1 else 1
-        return self.host_shards * self.model.trainers * (2 * self.model.layers + agreed)
+        of_layer = 2 if self.best.split.keys is None else 2 + _CALLS_OF_KEYS
+        return self.host_shards * self.model.trainers * (of_layer * self.model.layers + agreed)
 
     @property
     def host_cpu_s(self) -> float | None:
@@ -157,12 +160,13 @@ def make_plan(
 
     Raises:
         ConfigError: It does not fit, not even one page of it, or there is no such layout on so many shards, or no such
-            path; with the numbers, and what to do.
+            path, or keys that it trains are of other heads; with the numbers, and what to do.
     """
     if shards is not None and not 1 <= shards <= MAX_SHARDS:
         raise ConfigError(f"{shards} shards: a pool has 1 to {MAX_SHARDS}")
     if model.topk > table.num_slots:
         raise ConfigError(f"topk = {model.topk} slots of a table of num_slots = {table.num_slots}: give fewer, or more")
+    _require_heads(table, model)
     chosen = _path(machine, path)
     shard = hosts.shard()
     room = shard.page_bytes // model.tables
@@ -208,6 +212,15 @@ def make_plan(
         path=chosen,
         warnings=tuple(warnings_of(options[0].split, options[0].time, model, hosts, shard, machine)),
     )
+
+
+def _require_heads(table: TableConfig, model: Model) -> None:
+    """Raises ConfigError where keys of the pool are asked by more or fewer heads than they have."""
+    keys = table.keys
+    if keys is not None and keys.optimizer is not None and (heads := getattr(keys, "heads", 1)) != model.heads:
+        raise ConfigError(
+            f"heads = {model.heads}, and the keys in the pool are of {heads}: give as many (flat keys are of one)"
+        )
 
 
 def _path(machine: Machine | None, path: str | None) -> str | None:
@@ -316,7 +329,10 @@ def _splits(schemas: list[TableSchema], shards: int) -> Iterator[Split]:
 
 def _option(found: Split, model: Model, hosts: Hosts, machine: Machine | None, path: str | None) -> Option:
     moved = traffic(found, bags=model.tokens, pairs=model.pairs, wire_dtype=model.wire_dtype)
+    moved += keys_traffic(found, bags=model.tokens, topk=model.topk)
     one = traffic_of(found.busiest, found, bags=model.tokens, pairs=model.pairs, wire_dtype=model.wire_dtype)
+    if (keys := found.keys) is not None:
+        one += keys_traffic_of(keys.busiest, keys, bags=model.tokens, topk=model.topk)
     time = None if machine is None or path is None else step_time(machine, path, found, model, hosts)
     return Option(split=found, traffic=moved, busiest=one, time=time)
 

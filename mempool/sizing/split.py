@@ -4,14 +4,15 @@ Legend: S shards, P row pages, C column blocks.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mempool.placement import LayoutKind, layout_kind, plan_table
 from mempool.placement.runs import compress
-from mempool.types import TableSchema
-from mempool.types.sizes import bytes_by_owner, owned_bytes
+from mempool.types import OwnKeySpec, TableSchema
+from mempool.types.keys import key_table
+from mempool.types.sizes import bytes_by_owner, num_pages, owned_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +45,47 @@ class Split:
         shards: S.
         kind: What the layout turned out as.
         holdings: Of the shards that own row pages; what most of them have first.
-        owners: Shards that own anything: steps are agreed on with all of them.
-        total_bytes: Of all shards, page tables and all.
-        largest_bytes: Of the shard with most.
+        bytes_of: By shard, of this table alone, page tables and all.
+        keys: The table of the keys that it trains in the pool; None: it trains none.
     """
 
     schema: TableSchema
     shards: int
     kind: LayoutKind
     holdings: tuple[Holding, ...]
-    owners: int
-    total_bytes: int
-    largest_bytes: int
+    bytes_of: tuple[int, ...]
+    keys: "Split | None" = None
+
+    @property
+    def owners(self) -> int:
+        """Shards that own anything of it, or of its keys: steps are agreed on with all of them."""
+        return sum(num_bytes > 0 for num_bytes in self._bytes_of_all)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all shards, with its keys."""
+        return sum(self._bytes_of_all)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the shard with most."""
+        return max(self._bytes_of_all)
+
+    @property
+    def num_keys(self) -> int:
+        """Of a table of keys: how many it has; other slots fill its sections up. 0: it is none."""
+        keys = self.schema.keys
+        return keys.sections * keys.rows if isinstance(keys, OwnKeySpec) else 0
+
+    @property
+    def num_pages(self) -> int:
+        """That a view of it, and one of its keys, say the owners of."""
+        return num_pages(self.schema) + (0 if self.keys is None else self.keys.num_pages)
+
+    @property
+    def _bytes_of_all(self) -> tuple[int, ...]:
+        keys = (0,) * self.shards if self.keys is None else self.keys.bytes_of
+        return tuple(map(sum, zip(self.bytes_of, keys, strict=True)))
 
     @property
     def asked(self) -> int:
@@ -79,12 +109,18 @@ class Split:
 
 
 def split(schema: TableSchema, shards: int) -> Split:
-    """A new table on so many shards, as the planner lays it.
+    """A new table on so many shards, and the table of the keys that it trains, as the planner lays them.
 
     Args:
         schema: Of the table, whose layout is asked for.
         shards: At least 1.
     """
+    keys = key_table(schema)
+    found = _split(schema, shards)
+    return found if keys is None else replace(found, keys=_split(keys, shards))
+
+
+def _split(schema: TableSchema, shards: int) -> Split:
     assignment = plan_table(schema, None, range(shards))
     runs = compress(assignment.owners)
     patterns: dict[int, Counter[tuple[int, ...]]] = {}
@@ -94,9 +130,9 @@ def split(schema: TableSchema, shards: int) -> Split:
         for shard, blocks in zip(distinct.tolist(), np.split(order, starts[1:]), strict=True):
             patterns.setdefault(shard, Counter())[tuple(blocks.tolist())] += length
     heads = Counter(assignment.key_owners.tolist())
-    held = Counter(_holding(schema, pages, heads=heads[shard]) for shard, pages in patterns.items())
-    alone = [owned_bytes(schema, {}, heads=count) for shard, count in heads.items() if shard not in patterns]
-    bytes_of = [found[-1] for found in held.elements()] + alone
+    holdings = {shard: _holding(schema, pages, heads=heads[shard]) for shard, pages in patterns.items()}
+    held = Counter(holdings.values())
+    alone = {shard: owned_bytes(schema, {}, heads=count) for shard, count in heads.items() if shard not in patterns}
     return Split(
         schema=schema,
         shards=shards,
@@ -105,17 +141,16 @@ def split(schema: TableSchema, shards: int) -> Split:
             Holding(shards=count, share=share, width=width, area=area, row_bytes=row_bytes, num_bytes=num_bytes)
             for (share, width, area, row_bytes, num_bytes), count in held.most_common()
         ),
-        owners=len(patterns.keys() | heads.keys()),
-        total_bytes=sum(bytes_of),
-        largest_bytes=max(bytes_of),
+        bytes_of=tuple(holdings[shard][-1] if shard in holdings else alone.get(shard, 0) for shard in range(shards)),
     )
 
 
 def values_bytes(schema: TableSchema) -> int:
-    """Of all pages wherever they are, without what shards add: at least so much a table takes."""
+    """Of all pages wherever they are, without what shards add: at least so much a table and its keys take."""
     owners = np.zeros((1, schema.num_blocks), dtype=np.int32)
     one = bytes_by_owner(schema, owners, np.zeros(0, dtype=np.int32))[0]
-    return one * schema.num_row_pages
+    keys = key_table(schema)
+    return one * schema.num_row_pages + (0 if keys is None else values_bytes(keys))
 
 
 def _holding(schema: TableSchema, pages: Counter[tuple[int, ...]], *, heads: int) -> tuple[float, int, float, int, int]:

@@ -1,16 +1,19 @@
 """Bytes that a look-up and its update move, by the split alone; and what a path's constants are multiplied with."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mempool.sizing.split import Holding, Split
+from mempool.types import OwnKeySpec
 from mempool.types.messages import ReplyDtype
 from mempool.types.schema import ELEMENT_BYTES
 
 #: A pair is sent as an id of four bytes, or eight where ids may not fit, and a float32 weight; of every bag its offset.
 _WEIGHT_BYTES = 4
 _OFFSET_BYTES = 8
+#: Of a key that a shard found: its score and its row.
+_SCORED_BYTES = 12
 _NARROW_SLOTS = 2**32
 
 
@@ -43,9 +46,19 @@ class Traffic:
         """Both ways."""
         return self.out + self.back
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            request=self.request + other.request,
+            reply=self.reply + other.reply,
+            grads=self.grads + other.grads,
+            weight_grads=self.weight_grads + other.weight_grads,
+        )
 
-def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype) -> Traffic:
-    """Between one trainer and one shard, of one look-up with its update.
+
+def traffic_of(
+    held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype, sections: int = 1
+) -> Traffic:
+    """Between one trainer and one shard, of one look-up with its update; without that of the keys.
 
     Args:
         held: What the shard owns.
@@ -53,10 +66,11 @@ def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype
         bags: Of the look-up.
         pairs: Of all its bags together.
         wire_dtype: Of sums and their gradients.
+        sections: As of ``bags_sent``.
     """
     id_bytes = 4 if split.schema.num_slots <= _NARROW_SLOTS else 8
     sent = math.ceil(held.share * pairs)
-    bags = math.ceil(bags_sent(held, bags=bags, pairs=pairs))
+    bags = math.ceil(bags_sent(held, bags=bags, pairs=pairs, sections=sections))
     values = bags * _sums_bytes(held.width, split.schema.block_dim, wire_dtype)
     # Where others have slots of the same columns, sums are added up, and come as float32.
     alone = held.area * split.schema.value_dim > held.width - 0.5 / split.schema.num_row_pages
@@ -69,10 +83,14 @@ def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype
     )
 
 
-def bags_sent(held: Holding, *, bags: int, pairs: int) -> float:
+def bags_sent(held: Holding, *, bags: int, pairs: int, sections: int = 1) -> float:
     """Of a look-up's bags, those that a shard is sent, of ids drawn uniformly: those with pairs there where that is
-    less than three quarters of all (``kernels.few_bags``), else all."""
-    named = bags * (1.0 - (1.0 - held.share) ** (pairs / max(1, bags)))
+    less than three quarters of all (``kernels.few_bags``), else all.
+
+    sections: Of product keys: a bag's ids are of one of so many equal runs of slots, each of which has as many bags.
+    """
+    rest, whole = math.modf(held.share * sections)
+    named = bags / sections * (whole + 1.0 - (1.0 - rest) ** (pairs / max(1, bags)))
     return named if 4 * named < 3 * bags else bags
 
 
@@ -88,12 +106,46 @@ def traffic(split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype) -> T
     parts = [
         (held.shards, traffic_of(held, split, bags=bags, pairs=pairs, wire_dtype=wire_dtype)) for held in split.holdings
     ]
+    return _summed(parts)
+
+
+def _summed(parts: Sequence[tuple[int, Traffic]]) -> Traffic:
+    """Of so many of each."""
     return Traffic(
         request=sum(count * part.request for count, part in parts),
         reply=sum(count * part.reply for count, part in parts),
         grads=sum(count * part.grads for count, part in parts),
         weight_grads=sum(count * part.weight_grads for count, part in parts),
     )
+
+
+def keys_traffic_of(held: Holding, keys: Split, *, bags: int, topk: int) -> Traffic:
+    """Between one trainer and one shard, of the scores of one look-up, and of what their gradient takes: sums of keys
+    for that of the queries, and the queries for that of the keys.
+
+    Args:
+        held: What the shard owns of the table of keys.
+        keys: Of that table.
+        bags: Of the look-up.
+        topk: Slots of each head.
+    """
+    spec = keys.schema.keys
+    assert isinstance(spec, OwnKeySpec), "it is one"
+    queries = bags * spec.sections
+    found = traffic_of(held, keys, bags=queries, pairs=queries * topk, wire_dtype="float32", sections=spec.sections)
+    return Traffic(
+        request=found.request + queries * keys.schema.value_dim * ELEMENT_BYTES["float32"],
+        reply=found.reply + queries * min(topk, spec.rows) * _SCORED_BYTES,
+        grads=found.grads,
+        weight_grads=0,
+    )
+
+
+def keys_traffic(split: Split, *, bags: int, topk: int) -> Traffic:
+    """Between one trainer and all shards; arguments as above. Nothing where it trains no keys."""
+    keys = split.keys
+    held = () if keys is None else keys.holdings
+    return _summed([(each.shards, keys_traffic_of(each, keys, bags=bags, topk=topk)) for each in held if keys])
 
 
 #: What a call costs beside the kernels, by terms, each in seconds for one of:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from mempool.config import ShardConfig
 from mempool.sizing.demands import Hosts, Model
 from mempool.sizing.machine import Machine
-from mempool.sizing.split import Split
+from mempool.sizing.split import Holding, Split
 from mempool.sizing.times import StepTime
 from mempool.sizing.traffic import bags_sent, columns_sent
+from mempool.types import OwnKeySpec
 from mempool.types.pool import MAX_PLACED_PAGES
-from mempool.types.sizes import num_pages
 
 _FULL = 0.95
 _WIDE = 4
@@ -26,7 +26,7 @@ def warnings_of(
 ) -> Iterator[str]:
     """A sentence each."""
     schema, busiest = split.schema, split.busiest
-    pages = model.tables * num_pages(schema)
+    pages = model.tables * split.num_pages
     if pages > MAX_PLACED_PAGES:
         yield (
             f"{pages:,} pages of {model.tables} tables are more than the {MAX_PLACED_PAGES:,} that a pool takes: give "
@@ -37,9 +37,9 @@ def warnings_of(
             f"the fullest shard has {model.tables * split.largest_bytes / shard.page_bytes:.0%} of its room: a rescale "
             "to fewer, a second table or restoring a checkpoint beside it will not fit"
         )
-    sent = math.ceil(busiest.share * model.pairs)
-    bags = bags_sent(busiest, bags=model.tokens, pairs=model.pairs)
-    held = model.trainers * model.layers * (4 * bags * busiest.width + 12 * sent)
+    held = (
+        model.trainers * model.layers * (_held_bytes(busiest, model.tokens, model.pairs) + _held_of_keys(split, model))
+    )
     if held > shard.client_bytes:
         yield (
             f"a step makes a shard hold {held / 2**20:,.0f} MiB of updates and remembered look-ups, and clients may "
@@ -61,7 +61,24 @@ def warnings_of(
             "memory bandwidth as on its CPU"
             + ("" if hosts.gpu_gb_per_s else ", and as no bandwidth of a GPU is given, its CPU's speed")
         )
+    if time is not None and split.keys is not None:
+        yield "times are of the values alone: what keys in the pool take beside them is not predicted"
     if time is not None and model.tokens_per_s is not None:
         reached = time.tokens_per_s(model)
         if reached < model.tokens_per_s:
             yield f"{reached:,.0f} tokens/s at most, not {model.tokens_per_s:,.0f}: {time.limit} takes most of a step"
+
+
+def _held_bytes(held: Holding, bags: int, pairs: int, *, sections: int = 1) -> float:
+    """That a look-up and its update have a shard hold until the commit."""
+    named = bags_sent(held, bags=bags, pairs=pairs, sections=sections)
+    return 4 * named * held.width + 12 * math.ceil(held.share * pairs)
+
+
+def _held_of_keys(split: Split, model: Model) -> float:
+    if split.keys is None:
+        return 0.0
+    keys = split.keys
+    assert isinstance(keys.schema.keys, OwnKeySpec), "it is a table of keys"
+    queries = model.tokens * keys.schema.keys.sections
+    return _held_bytes(keys.busiest, queries, queries * model.topk, sections=keys.schema.keys.sections)

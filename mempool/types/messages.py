@@ -61,8 +61,7 @@ class Stamp:
 class StepId:
     """One rank's part in one step of its group. A client that joined no group is a group of one (rank 0).
 
-    generation: How often the rank has gone back to an earlier step; a lower one is over, steps begin anew in each.
-    """
+    generation: How often the rank has gone back to an earlier step; a lower one is over, steps begin anew in each."""
 
     group: str
     rank: int
@@ -397,7 +396,8 @@ class ScoreReply:
 class ReadRowsRequest:
     """Rows of one named array: "values", "keys", or what belongs to a trainable array, named ``<array>.<what>``.
 
-    Optimizer state ("values.sum", "values.exp_avg"), "values.master" (float32), "values.scales", "values.last_step".
+    Optimizer state ("values.sum", "values.exp_avg"), "values.master" (float32), "values.scales", "values.last_step"
+    (int32), counts of use ("values.uses", "values.last_use", int64).
     ids: [M] int64: slot ids, or head numbers for the keys of product keys.
     pin: As of ``GatherRequest``; no optimizer state is kept for it.
     """
@@ -412,8 +412,8 @@ class ReadRowsRequest:
 class ReadRowsReply:
     """``rows`` [M, W] in the array's dtype, one-byte values in float32; zeros where (slot, block) is not owned here.
 
-    W: the columns of ``blocks`` for arrays per element, one column per block for row-wise state, key_dim for flat keys
-    (blocks is then (0,)), 2 * n * key_dim / 2 for product keys (blocks is then ()).
+    W: the columns of ``blocks`` for arrays per element, one column per block for row-wise state; of block (0,) alone
+    key_dim for flat keys, 1 for counts of use; 2 * n * key_dim / 2 for product keys (blocks is then ()).
     """
 
     stamp: Stamp
@@ -426,8 +426,10 @@ class WriteRowsRequest:
     """Overwrite rows; shapes as in ReadRowsReply, ``blocks`` as this shard owns them. Pages not owned are skipped.
 
     Idempotent by ``write_id``; without one, each copy is written when it comes. Atomic on one shard, not across shards.
-    Waits while the table's pages are moving. Values are rounded to what is stored, to nearest, with new scales;
-    "values" and "values.master" are written together. "values.scales" and "values.last_step" cannot be written.
+    Waits while the table's pages are moving. Values are rounded to what is stored, to nearest, with new scales; master
+    with them. "values.scales", "values.last_step" and counts of use cannot be written.
+
+    fresh: Of "values": as of slots that were never trained. Refused while a step of the table is undecided here.
     """
 
     envelope: Envelope
@@ -436,6 +438,7 @@ class WriteRowsRequest:
     blocks: tuple[int, ...]
     rows: Tensor
     write_id: WriteId | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -461,36 +464,3 @@ class StepCountReply:
 
     stamp: Stamp
     count: int
-
-
-PinAction = Literal["arm", "settle", "attach", "renew", "release"]
-"""Of one pin, in this order, at every owner of a table: "arm", from now on it keeps each version that it comes to;
-"settle", that version alone, the highest of those that the owners were armed at; "attach", in place of both, what is
-kept already, as a snapshot or for another reader; "renew", its reader lives; "release", it is over."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PinRequest:
-    """A pin keeps one version of a table for a reader, at a shard.
-
-    Attributes:
-        pin: The reader's token of it, a random one; of "release" "" where a snapshot is named.
-        version: Of "settle": at which; of "attach": which, where no name is given.
-        name: Of a snapshot, which has no lease once it is settled; "": it is a reader's.
-        lease_s: A pin that is not renewed for so long is over.
-    """
-
-    envelope: Envelope
-    do: PinAction
-    pin: str
-    version: int = 0
-    name: str = ""
-    lease_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PinReply:
-    """version: That is pinned here, or at which it was armed; 0 for "release"."""
-
-    stamp: Stamp
-    version: int

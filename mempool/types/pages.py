@@ -198,6 +198,7 @@ class AttachTable:
         pending: The table is being made: it answers no client, and is among no views, until it is confirmed.
         source: Of "restore" alone.
         fork: Of "fork" and "forked"; in a shard's snapshot, the table that it was a fork of when it was made.
+        also: Of "confirm" alone: ids of tables that are confirmed with it, all of them or none; at most 8.
     """
 
     view: TableView
@@ -206,6 +207,7 @@ class AttachTable:
     pending: bool = False
     source: TableSource | None = None
     fork: ForkPoint | None = None
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -17,8 +17,6 @@ from mempool.types.messages import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
-    PinReply,
-    PinRequest,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -58,7 +56,9 @@ from mempool.types.pool import (
     TableView,
     TakeCheckpoint,
 )
+from mempool.types.reading.pins import PinReply, PinRequest
 from mempool.types.schema import TableSchema
+from mempool.types.usage import UsageReply, UsageRequest
 
 
 class Shard(Protocol):
@@ -83,6 +83,8 @@ class Shard(Protocol):
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply: ...
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply: ...
+
+    async def usage(self, request: UsageRequest) -> UsageReply: ...
 
     async def meet(self, request: MeetRequest) -> MeetReply:
         """A rank of a group whose home this shard is. Waits for the others for some seconds at most."""

@@ -115,6 +115,7 @@ class TableSchema:
             a master).
         master: Float32 values are kept beside those stored, and trained; the stored ones are rounded from them.
         seed, init_std: Initial values are N(0, init_std^2), a function of (seed, slot, column) alone.
+        usage: It is counted how often each slot is trained, and kept when last.
     """
 
     table_id: int
@@ -132,6 +133,7 @@ class TableSchema:
     keys: KeySpec | None = None
     rounding: Rounding = "nearest"
     master: bool = False
+    usage: bool = False
 
     @property
     def packed(self) -> bool:

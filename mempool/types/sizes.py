@@ -40,6 +40,10 @@ PAGE_TABLE_BYTES = 12
 written to."""
 
 
+USAGE_BYTES = 16
+"""Of a slot whose use is counted, beside block 0: how often, and when last."""
+
+
 def state_names(optimizer: OptimizerSpec) -> tuple[str, ...]:
     """What an optimizer keeps beside an array, by torch's names; "row_..." has one number per (slot, block)."""
     return ("momentum_buffer",) if optimizer.momentum > 0.0 else _STATE[optimizer.algorithm]
@@ -61,7 +65,7 @@ def slot_bytes(
         schema: The table.
         width: Columns of those blocks together.
         blocks: How many they are.
-        first: 1 where block 0 is among them: flat keys lie beside it.
+        first: 1 where block 0 is among them: flat keys and counts of use lie beside it.
         padded: With what fills up a row of one-byte elements; without it, what more blocks add to a row.
     """
     per_element, per_block = state_numbers(schema.optimizer)
@@ -71,7 +75,8 @@ def slot_bytes(
     elif schema.packed:  # elements, then scales, filled up to 16 bytes
         values = -(-(-(-width // 4) * 4 + 4 * blocks) // 16) * 16
     keys = 4 * schema.keys.key_dim * first if isinstance(schema.keys, FlatKeySpec) else 0 * first
-    return values + 4 * (per_element + schema.master) * width + 4 * per_block * blocks + keys
+    beside = keys + USAGE_BYTES * schema.usage * first
+    return values + 4 * (per_element + schema.master) * width + 4 * per_block * blocks + beside
 
 
 def row_page_bytes(schema: TableSchema) -> int:

@@ -36,7 +36,9 @@ from mempool.types.pool import (
     TableView,
     TakeCheckpoint,
 )
+from mempool.types.reading.pins import PinReply, PinRequest
 from mempool.types.schema import TableSchema
+from mempool.types.usage import UsageReply, UsageRequest
 from mempool.wire.codecs import lines, lookup, meeting, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
@@ -114,8 +116,9 @@ WRITE_ROWS: Method[types.WriteRowsRequest, types.WriteRowsReply] = Method(
 STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
     MEMORY_SERVICE, "StepCount", messages.STEP_COUNT_REQUEST, messages.STEP_COUNT_REPLY
 )
+USAGE: Method[UsageRequest, UsageReply] = Method(MEMORY_SERVICE, "Usage", messages.USAGE_REQUEST, messages.USAGE_REPLY)
 MEET: Method[MeetRequest, MeetReply] = Method(MEMORY_SERVICE, "Meet", meeting.MEET_REQUEST, meeting.MEET_REPLY)
-PIN: Method[types.PinRequest, types.PinReply] = Method(MEMORY_SERVICE, "Pin", messages.PIN_REQUEST, messages.PIN_REPLY)
+PIN: Method[PinRequest, PinReply] = Method(MEMORY_SERVICE, "Pin", messages.PIN_REQUEST, messages.PIN_REPLY)
 OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
     MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
 )

@@ -1,6 +1,7 @@
 """Training loops of ranks that step together: mixed precision and accumulated gradients, as DDP has them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +83,23 @@ def test_gradients_accumulate_on_each_rank_until_all_step(here: GrpcPoolHere, cl
             optimizer.step()
         assert ranks.pools[0].table(name).link.version() == 3
         assert close(ranks.pools[0].table(name), table)
+
+
+def test_a_bounded_rank_that_skips_a_step_is_not_waited_for(here: GrpcPoolHere) -> None:
+    how: dict[str, Any] = {"consistency": "bounded", "timeout_s": 10.0}
+    with Ranks(here, [config("bounded")], world_size=2, group="bounded", **how) as ranks:
+
+        def train(rank: int, pool: Pool) -> None:
+            table = pool.table("bounded")
+            optimizer = mempool.optim.PoolOptimizer(table)
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+            scaler.scale(torch.ones(()))  # begins it
+            for step in range(3):
+                overflows = step == 1 and rank == 1
+                push(table, step, rank=rank, world_size=2, scale=float("inf") if overflows else scaler.get_scale())
+                optimizer.step(grad_scaler=scaler)
+                scaler.update()
+
+        ranks.each(train)
+        assert ranks.pools[0].table("bounded").link.version() == 5
+        assert [group.step for group in ranks.groups] == [3, 3]

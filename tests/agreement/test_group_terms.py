@@ -11,7 +11,7 @@ import torch
 import mempool
 from mempool.agreement.groups.home import Groups
 from mempool.client import Pool
-from mempool.errors import AlreadyExists, DeadlineExceeded, InvalidRequest
+from mempool.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, StepConflict
 from tests.agreement.ranks import Ranks, push, together
 from tests.unit.client.grpc_pool import GrpcPoolHere
 
@@ -225,3 +225,42 @@ def test_async_ranks_commit_as_they_come_and_see_how_stale_they_are(here: GrpcPo
         push(back, 5, rank=1, world_size=2)
         assert together([first.commit, back.commit]) == [1, 1]
         assert first.link.version() == 6
+
+
+def _weighted(table: mempool.Table) -> torch.Tensor:
+    """A loss whose backward pass waits for the shards, as it wants gradients of weights."""
+    return table.gather(torch.arange(12).view(3, 4), torch.ones(3, 4, requires_grad=True)).sum()
+
+
+def test_a_rank_goes_past_what_another_has_dropped_in_few_calls(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config("dropped")], world_size=2, group="dropped") as ranks:
+        first, second = (pool.table("dropped") for pool in ranks.pools)
+        for step in range(40):
+            push(first, step, rank=0, world_size=2)
+            first.discard()
+        group = second.link.session.coordinator.group
+        assert group is not None
+        asked, refresh = [0], group.refresh
+
+        async def counted() -> None:
+            asked[0] += 1
+            await refresh()
+
+        group.refresh = counted  # type: ignore[method-assign]
+        _weighted(second).backward()
+        assert 1 <= asked[0] <= 7
+        assert together([first.commit, second.commit]) == [0, 1]
+        assert first.link.version() == 1
+
+
+def test_a_rank_of_a_generation_that_is_over_is_told_so(here: GrpcPoolHere) -> None:
+    """Its home's clock was set back, say: it knows of no newer one."""
+    with mempool.connect(here.address, timeout_s=1.0) as pool:
+        table = pool.create_table(config("over"))
+        pool.join("over", 0, 1, elastic=True)
+        push(table, 0, rank=0, world_size=1)
+        table.commit()
+        session = table.link.session
+        session.rejoin(group="over", rank=0, generation=session.book.generation - 1)
+        with pytest.raises(StepConflict, match="this trainer was replaced by one that came later"):
+            _weighted(table).backward()

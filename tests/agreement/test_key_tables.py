@@ -1,6 +1,8 @@
 """Keys that train in the pool have one life with their table: made, dropped, saved, restored, read at a version."""
 
+import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 
 import mempool
 from mempool import errors
+from mempool.client.reading import pinning
+from mempool.client.routing.attempt import Attempt
 from mempool.client.training.tables import prepare_tables
 from mempool.nn import MemoryLayer, PoolOptimizer, reading
 from mempool.optim import SGD
+from mempool.types import ForkTable
 from mempool.wire.channels import loop
 
 from .conftest import Pools
@@ -137,6 +142,30 @@ def test_a_fork_has_them_and_so_has_what_is_reset(pools: Pools, kind: str) -> No
             keys.fork("other")
 
 
+def test_a_reset_elsewhere_gives_nobody_the_values_of_one_table_and_the_keys_of_another(pools: Pools) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "flat")
+        train(table)
+        before = everything_of(table)
+        fork = table.fork("fork")
+        train(table)
+        kept = table.at()
+        queries = torch.randn(5, 8)
+        table.score(queries, 4)  # where the keys are is known
+        # What another client does: nothing of it is known here.
+        schema, to = table.schema, fork.schema
+        request = ForkTable(table="fork", table_id=to.table_id, name="flat", replace=True, newest_id=2**62)
+        loop.run(pool._api.fork(request), timeout_s=60)
+        for _ in range(2):
+            with pytest.raises(errors.NotFound, match=rf"'flat' is another one by now \(id \d+, not {schema.table_id}"):
+                table.score(queries, 4)
+        with pytest.raises(errors.MempoolError):
+            kept.lookup(queries, 4)
+        assert pool.reopen("flat") is table
+        assert_same(everything_of(table), before)
+        assert torch.equal(table.score(queries, 4).ids, fork.score(queries, 4).ids)
+
+
 @pytest.mark.parametrize("kind", KEYS)
 def test_a_file_has_them_and_so_has_what_is_imported(pools: Pools, tmp_path: Path, kind: str) -> None:
     with pools.fresh(2) as pool:
@@ -190,7 +219,7 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
         assert pool.snapshot("then") == {kind: 1}
         with table.at() as seen, table.at("then") as then, table.at(1) as numbered:
             train(table)
-            for at in (seen, then):
+            for at in (seen, then, numbered):
                 for _ in range(2):
                     found = at.lookup(queries, 4)
                     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -198,8 +227,6 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
                     train(table)
             with pytest.raises(errors.InvalidRequest, match=f"table '{kind}:keys' is read at version 1 here"):
                 seen.score(queries, 4).scores.sum().backward()
-            with pytest.raises(errors.InvalidRequest, match="which version of its keys goes with it"):
-                numbered.lookup(queries, 4)
             layer = MemoryLayer(6, table=table, keys="pool", topk=4)
             x = torch.randn(3, 6)
             with torch.no_grad(), reading(layer, seen):
@@ -211,6 +238,92 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
         pool.drop_snapshot("then")
         with pytest.raises(errors.VersionGone):
             table.at("then")
+
+
+class CommitsBetween:
+    """Has a commit come while tables are pinned: once the values are armed for the first time, before the keys are.
+
+    Args:
+        commit: The step.
+        times: How many looks it befalls.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, commit: Callable[[], None], *, times: int) -> None:
+        self.left, self.commit, self.armed = times, commit, asyncio.Event()
+        self.pin = Attempt.pin
+        patch.setattr(Attempt, "pin", lambda attempt, do, *args, **options: self.pinned(attempt, do, args, options))
+
+    async def pinned(self, attempt: Attempt, do: str, args: tuple[Any, ...], options: dict[str, Any]) -> list[int]:
+        if do != "arm" or not self.left:
+            return await self.pin(attempt, do, *args, **options)
+        if not attempt.plan.schema.name.endswith(":keys"):
+            found = await self.pin(attempt, do, *args, **options)
+            self.armed.set()
+            return found
+        await self.armed.wait()
+        self.armed.clear()
+        self.left -= 1
+        await asyncio.to_thread(self.commit)
+        return await self.pin(attempt, do, *args, **options)
+
+
+@pytest.mark.parametrize("how", ["at", "snapshot", "number"])
+def test_values_and_keys_are_of_one_moment_where_commits_come_while_they_are_pinned(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "flat")
+        train(table)
+        between = CommitsBetween(monkeypatch, lambda: train(table), times=3)
+        if how == "at":
+            at = table.at()
+        elif how == "snapshot":
+            assert pool.snapshot("then") == {"flat": 4}
+            at = table.at("then")
+        else:
+            with pytest.raises(errors.VersionGone):  # of version 1 there is nothing any more, when it has looked
+                table.at(1)
+            at = table.at(4)
+        with at:
+            assert not between.left
+            assert (at.version, at.keys.version) == (4, 4)
+            assert torch.equal(at.read_keys(), table.read_keys())
+            assert torch.equal(all_rows(at), all_rows(table))
+        assert not pool.status().shards[0].version_bytes or how == "snapshot"
+
+
+def test_tables_that_never_stand_still_are_not_pinned_at_one_moment(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinning, "MOST_LOOKS", 4)
+    with pools.fresh(1) as pool:
+        table = made(pool, "flat")
+        CommitsBetween(monkeypatch, lambda: train(table), times=5)
+        with pytest.raises(errors.Overloaded, match=r"'flat', 'flat:keys' cannot be pinned at one moment: .* 4 looks"):
+            table.at()
+        assert not any(seen.pins for shard in pool.status().shards for seen in shard.tables)
+        with table.at() as seen:
+            assert seen.version == 5
+
+
+def test_keys_that_nobody_has_pinned_with_a_version_are_gone(pools: Pools) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "flat")
+        keys_id, table_id = table.keys.schema.table_id, table.schema.table_id
+        alone = loop.run(pinning.pin_newest(pool.router, [table_id]), timeout_s=30)
+        assert alone.versions == {table_id: 0}
+        before = all_rows(table)
+        train(table)
+        with table.at(0) as seen:
+            assert torch.equal(all_rows(seen), before)
+            for read in (seen.lookup, seen.score, seen.lookup_async, torch.no_grad()(seen.lookup)):
+                with pytest.raises(errors.VersionGone, match="nobody keeps its keys as they were then: take table"):
+                    read(torch.randn(2, 8), 4)
+            with pytest.raises(errors.VersionGone, match="nobody keeps its keys"):
+                seen.read_keys()
+        with table.at(1) as seen:
+            assert seen.keys.version == table.at().keys.version == 1
+            assert keys_id in {each.table_id for each in pool.status().shards[0].tables}
 
 
 def test_zeroing_and_freezing_reach_the_keys(pools: Pools) -> None:

@@ -14,7 +14,8 @@ import torch
 import mempool
 from mempool.agreement.groups.home import Groups
 from mempool.client import Pool
-from mempool.errors import MempoolError, RankLost
+from mempool.client.training.session import Session
+from mempool.errors import MempoolError, RankLost, ShardUnavailable
 from tests.agreement.ranks import Ranks, push, together
 from tests.unit.client.grpc_pool import GrpcPoolHere
 
@@ -155,6 +156,48 @@ def test_a_leader_that_dies_at_its_commit(here: GrpcPoolHere, decided: bool, pre
         check(ranks, 3)
 
 
+def test_a_step_of_which_one_table_answers_late_counts_once(here: GrpcPoolHere) -> None:
+    other = mempool.TableConfig(name="other", num_slots=SLOTS, value_dim=DIM)
+    with Ranks(here, [config(), other], world_size=2) as ranks:
+        optimizers = [mempool.optim.PoolOptimizer(ranks.tables(rank)) for rank in (0, 1)]
+        cut = cut_off(ranks, decided=True)
+        for rank in (0, 1):
+            push(ranks.pools[rank].table("facts"), 0, rank=rank, world_size=2)
+            push(ranks.pools[rank].table("other"), 0, rank=rank, world_size=2)
+
+        def lead() -> None:
+            with suppress(MempoolError, RuntimeError, asyncio.CancelledError):
+                optimizers[0].step()
+
+        def follow() -> None:
+            for _ in range(100):
+                with suppress(RankLost, ShardUnavailable):
+                    optimizers[1].step()
+                    break
+
+        group = ranks.pools[1].table("facts").link.session.coordinator.group
+        asked, is_decided = [0], group._is_decided  # type: ignore[union-attr]
+
+        async def is_decided_later(session: Session) -> bool:
+            asked[0] += 1
+            if asked[0] == 2:
+                raise ShardUnavailable("its gate starts again")
+            return bool(await is_decided(session))
+
+        group._is_decided = is_decided_later  # type: ignore[union-attr]
+        threading.Thread(target=lead, daemon=True).start()
+
+        def come_back() -> int:
+            assert cut.wait(30.0)
+            ranks.kill(0)
+            return ranks.come_back(0).step
+
+        assert together([follow, come_back]) == [None, 1]
+        assert asked[0] >= 4
+        assert ranks.groups[1].step == 1
+        assert [table.pending for table in ranks.tables(1)] == [0, 0]
+
+
 def test_a_rank_without_updates_learns_as_the_others_that_a_dead_leader_has_committed(here: GrpcPoolHere) -> None:
     with Ranks(here, [config()], world_size=3) as ranks:
         ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=3))
@@ -264,3 +307,68 @@ def test_ranks_that_have_nothing_for_several_steps_clip_with_the_others(here: Gr
 
         ranks.each(train)
         assert ranks.pools[0].table("facts").link.version() == 3
+
+
+def test_a_table_that_is_dropped_meanwhile_holds_up_no_rank_that_comes_back(here: GrpcPoolHere) -> None:
+    other = mempool.TableConfig(name="other", num_slots=SLOTS, value_dim=DIM)
+    with Ranks(here, [config(), other], world_size=2) as ranks:
+        tables = ranks.tables(1)
+        optimizer = mempool.optim.PoolOptimizer(tables)
+        for table in tables:
+            push(table, 0, rank=1, world_size=2)
+        ranks.kill(0)
+        with pytest.raises(RankLost):
+            optimizer.step()
+        with mempool.connect(here.address) as pool:
+            pool.drop_table("other")
+        assert ranks.come_back(0, timeout_s=10 * LEASE_S).step == 0
+        push(ranks.pools[0].table("facts"), 0, rank=0, world_size=2)
+        assert ranks.each(lambda _, pool: commit(pool)) == [1, 1]
+        check(ranks, 1)
+
+
+def test_a_group_that_goes_on_with_one_rank_goes_on_from_its_step(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2, elastic=True) as ranks:
+        for number in range(2):
+            ranks.each(lambda rank, pool, number=number: step(pool, number, rank=rank, world_size=2))
+        ranks.kill(0), ranks.kill(1)
+        with mempool.connect(here.address) as pool:
+            while True:
+                try:
+                    group = pool.join(ranks.group, 0, 1, elastic=True)
+                    break
+                except mempool.errors.AlreadyExists:
+                    time.sleep(LEASE_S / 4)
+            assert group.step == 2
+            push(pool.table("facts"), 2, rank=0, world_size=1, scale=0.5)
+            assert commit(pool) == 1
+            assert group.step == 3
+            alone = trained_alone(3, world_size=2)
+            assert (pool.table("facts").rows(range(SLOTS)) - alone).norm() <= 1e-5 * alone.norm()
+
+
+def test_a_rank_that_takes_an_earlier_norm_for_this_steps_asks_for_it_anew(here: GrpcPoolHere) -> None:
+    """It has nothing pending, so that nobody can tell that its model was zeroed between two steps."""
+    with Ranks(here, [config()], world_size=2) as ranks:
+
+        def train(rank: int, pool: Pool) -> int:
+            table = pool.table("facts")
+            layer = mempool.nn.MemoryLayer(8, table=table, heads=1, topk=2, key_dim=4)
+            optimizer, told = mempool.optim.PoolOptimizer(layer, max_norm=1e9), 0
+            for number in range(2):
+                if rank == 0:
+                    push(table, number, rank=0, world_size=1)
+                while told < 9:
+                    try:
+                        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e9)
+                        if number:
+                            optimizer.step()
+                        else:
+                            layer.zero_grad()
+                        break
+                    except RankLost:
+                        told += 1
+            return told
+
+        assert ranks.each(train) == [1, 1]
+        assert ranks.pools[0].table("facts").link.version() == 1

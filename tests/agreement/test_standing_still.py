@@ -142,6 +142,19 @@ def test_what_is_dropped_after_an_error_is_not_committed(here: GrpcPoolHere, die
         assert (second.rows(range(SLOTS)) - rows).norm() <= 1e-5 * rows.norm()
 
 
+def test_a_leader_goes_past_all_steps_that_another_rank_has_dropped_meanwhile(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks:
+        stands_still(ranks, 0)
+        second = ranks.pools[1].table("facts")
+        for _ in range(20):  # as a loop that goes on with other data after each RankLost
+            push(second, 5, rank=1, world_size=2)
+            with pytest.raises(RankLost):
+                second.commit()
+            assert second.discard() == 1
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        check(ranks, 1)
+
+
 def test_a_step_that_a_dead_leader_had_given_another_number_is_given_back(here: GrpcPoolHere) -> None:
     with Ranks(here, [config()], world_size=2) as ranks:
         ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))

@@ -43,6 +43,7 @@ def schema(name: str, **changes: Any) -> table_pb2.TableSchema:
         "optimizer": table_pb2.OptimizerSpec(algorithm=table_pb2.ALGORITHM_ADAGRAD, lr=0.1),
         "product_keys": table_pb2.ProductKeySpec(heads=HEADS, key_dim=KEY_DIM),
         "rounding": table_pb2.ROUNDING_NEAREST,
+        "usage": True,
     }
     return table_pb2.TableSchema(**(fields | changes))
 
@@ -79,6 +80,9 @@ class Requests:
             "MemoryService.ReadRows": self._read_rows,
             "MemoryService.WriteRows": self._write_rows,
             "MemoryService.StepCount": lambda: data_pb2.StepCountRequest(envelope=self.envelope()),
+            "MemoryService.Usage": lambda: data_pb2.UsageRequest(
+                envelope=self.envelope(), older_than=self.random.randrange(3)
+            ),
             "MemoryService.Pin": self._pin,
             "MemoryService.Meet": self._meet,
             "MemoryService.OpenLine": lambda: data_pb2.OpenLineRequest(version=4, client=self.random.randrange(2**60)),
@@ -233,6 +237,7 @@ class Requests:
             array="values",
             blocks=self.blocks,
             write_id=data_pb2.WriteId(writer=self.random.getrandbits(63) + 1, number=9, open=[3, 7]),
+            fresh=self.random.random() < 0.3,
             ids=tensor(self._arrays.integers(0, NUM_SLOTS, 5)),
             rows=tensor(self._arrays.random((5, len(self.blocks) * BLOCK_DIM), np.float32)),
         )

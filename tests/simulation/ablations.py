@@ -21,6 +21,7 @@ from mempool.agreement.order import Order
 from mempool.agreement.readers.pins import Moment, Pins
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.writes import SeenWrites
+from mempool.client.reading import pinning
 from mempool.journal import reading, records, snapshots
 from mempool.journal.snapshots import Snapshot
 from mempool.shard.durable.records import Decided, Held
@@ -87,6 +88,11 @@ def _where_it_was_armed(pins: Pins, token: str, _: int, **__: Any) -> Moment:
     return first
 
 
+async def _as_they_were(_: Any, __: Any, versions: dict[int, int]) -> dict[int, int]:
+    """Nobody looks at tables a second time."""
+    return versions
+
+
 class _Right(int):
     """A checksum that is any other."""
 
@@ -132,6 +138,7 @@ ABLATIONS: dict[str, list[Patch]] = {
     "snapshot before segments go": [(Taking, "_cut", _segments_first(Taking._cut))],
     "copy before a write": [(KeptRows, "save", lambda *_: None)],
     "versions kept until a pin is settled": [(Pins, "settle", _where_it_was_armed)],
+    "second look at pinned tables": [(pinning, "_standing_still", _as_they_were)],
 }
 
 
@@ -210,7 +217,7 @@ FAULTS |= dict.fromkeys(WITH_STORAGE, Faults(restarts=True)) | {
         )
     ),
 }
-WITH_PINS = ("copy before a write", "versions kept until a pin is settled")
+WITH_PINS = ("copy before a write", "versions kept until a pin is settled", "second look at pinned tables")
 """What guards who reads a version."""
 FAULTS |= dict.fromkeys(WITH_PINS, Faults(scene=Scene(rescales=False, tables=False)))
 GUARDED_BESIDE = {"version wait": "attempt"}
@@ -231,11 +238,12 @@ SEEN_AT: dict[str, int] = {
     "sync before an answer": 34,
     "record of a decision": 2,
     "record of an update": 1,
-    "checksum": 6,
+    "checksum": 10,
     "pack before its manifest": 22,
     "snapshot before segments go": 31,
     "copy before a write": 1,
     "versions kept until a pin is settled": 15,
+    "second look at pinned tables": 36,
 }
 """The first seed that shows each one missing: how many were needed."""
 

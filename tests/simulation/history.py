@@ -31,7 +31,7 @@ from tests.simulation.expected import Sums, rows_of
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
 from tests.simulation.oracle import Content, Oracle
-from tests.simulation.pinned import Pinned
+from tests.simulation.pinned import Pinned, check_cuts
 from tests.simulation.saved import Origin, Saved
 from tests.simulation.tables import is_exact
 from tests.simulation.writes import Write, check_written
@@ -80,7 +80,7 @@ class History:
         together: What was told as one: [(table id, step), ...] of each commit of several tables.
         saved: The checkpoints that were taken.
         origins: Where tables come from that were restored.
-        pinned: By the pin: what was pinned.
+        pinned: By the pin: what was pinned. cuts: What was pinned of several tables at one moment.
         answering: (table id, shard's process) that have the table: whether that was told that it is made.
     """
 
@@ -108,6 +108,7 @@ class History:
     origins: dict[int, Origin] = field(default_factory=dict)
     answering: dict[tuple[int, str], bool] = field(default_factory=dict)
     pinned: dict[str, Pinned] = field(default_factory=dict)
+    cuts: list[Mapping[int, int]] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """Something that may not be."""
@@ -282,6 +283,7 @@ class History:
         self._check_answers()
         self._check_whole()
         self.saved.check_moments(self.together, self.decided, self.acknowledged_versions, say=self.say)
+        check_cuts(self.cuts, self.together, self.decided, say=self.say)
         return self.violations
 
     def _check_table(self, table_id: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from mempool.client.reading.pinning import pin_newest, release
+from mempool.client.reading.pinning import pin_newest, release_all
 from mempool.errors import DataLoss, MempoolError, NotFound, VersionGone
 from mempool.types import TableView
 from mempool.types.bags import Bags
@@ -93,40 +93,45 @@ class ReaderLife(_Life):
 
 
 class PinnedReaderLife(_Life):
-    """Pins a version, reads at it for a while, by bags and by rows, and lets it go, or dies with it."""
+    """Pins versions of some tables at one moment, reads one of them at it for a while, by bags and by rows, and lets it
+    go, or dies with it."""
 
     async def live(self) -> None:
         while not self.workload.ending:
             await self.rest()
-            for view in self.pick()[:1]:
-                await self.read_at(view)
+            if picked := self.pick():
+                await self.read_at(picked)
 
-    async def read_at(self, view: TableView) -> None:
-        """One version."""
+    async def read_at(self, picked: list[TableView]) -> None:
+        """At one moment."""
+        view, ids = picked[0], [each.schema.table_id for each in picked]
         table_id, router, history = view.schema.table_id, self.trainer.router, self.workload.history
         if self.random.random() < 0.5:
             router.forget(table_id)  # as one that knows of no version
         asked_s = self.now_s()
-        pinned = await self.tried("a pin", self._unless_gone(pin_newest(router, table_id)), view)
+        pinned = await self.tried("a pin", self._unless_gone(pin_newest(router, ids)), *picked)
         if not pinned:
             return
-        pin, version = pinned
+        pin, version = pinned.pin, pinned.versions[table_id]
         history.pinned[pin] = Pinned(table_id, version, asked_s)
+        if len(picked) > 1:
+            history.cuts.append(pinned.versions)
+            self.workload.marks["tables that were pinned at one moment"] += 1
         reading = router.at(pin)
         for _ in range(self.random.randint(1, 6)):
             await self.rest()
             if self.random.random() < 0.5:
-                ids, weights, offsets = draw_bags(self.random)
-                bags = Bags(ids=ids, weights=weights, offsets=offsets)
+                drawn, weights, offsets = draw_bags(self.random)
+                bags = Bags(ids=drawn, weights=weights, offsets=offsets)
                 call: Awaitable[object] = reading.gather(table_id, bags=bags, timeout_s=20.0)
             else:
-                ids = torch.tensor(sorted(self.random.sample(range(TRAINED), 9)))
-                call = reading.read_rows(table_id, array="values", ids=ids, timeout_s=20.0)
+                rows = torch.tensor(sorted(self.random.sample(range(TRAINED), 9)))
+                call = reading.read_rows(table_id, array="values", ids=rows, timeout_s=20.0)
             if await self.tried("a read at a version", self._unless_gone(call), view) is False:
                 return
         self.workload.marks["a version that was read to its end"] += 1
         if self.random.random() < 0.8:
-            await release(router, table_id, pin)
+            await release_all(router, ids, pin)
 
     async def _unless_gone(self, call: Awaitable[T]) -> "T | bool":
         """What it answers; False where the version is gone, as it may be at any time."""

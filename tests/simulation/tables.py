@@ -51,15 +51,16 @@ def _any_schema(random: Random, name: str) -> TableSchema:
         optimizer = replace(optimizer, max_norm=1.0)
     if random.random() < 0.2:
         optimizer = replace(optimizer, corrected_eps=True)
+    block_dim, seed = random.choice((4, 4, 4, 8)), random.getrandbits(32)
     return TableSchema(
         table_id=0,
         name=name,
         num_slots=NUM_SLOTS,
         value_dim=WIDTH,
-        block_dim=random.choice((4, 4, 4, 8)),
+        block_dim=block_dim,
         page_slots=8,
         dtype=dtype,
-        seed=random.getrandbits(32),
+        seed=seed,
         init_std=0.5,
         stride=8,
         layout=cast(Any, random.choice(("auto", "columns", "rows", "grid"))),
@@ -67,6 +68,7 @@ def _any_schema(random: Random, name: str) -> TableSchema:
         keys=ProductKeySpec(heads=3, key_dim=4) if random.random() < 0.3 else None,
         rounding=random.choice(("nearest", default_rounding(dtype, master=master))),
         master=master,
+        usage=seed % 2 == 1,  # of what is drawn, so that all that follows is drawn as without it
     )
 
 

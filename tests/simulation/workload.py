@@ -323,7 +323,7 @@ class Workload:
 
 
 def _arrays(view: TableView) -> list[str]:
-    """What optimizers keep of each slot."""
+    """What is kept of each slot: values, optimizers' state, counts of use."""
     algorithm = view.schema.optimizer.algorithm
     state = {
         "sgd": ["values.momentum_buffer"] if view.schema.optimizer.momentum else [],
@@ -333,7 +333,7 @@ def _arrays(view: TableView) -> list[str]:
         "adamw": ["values.exp_avg", "values.exp_avg_sq"],
         "rowwise_adam": ["values.exp_avg", "values.row_exp_avg_sq"],
     }[algorithm]
-    return ["values", *state]
+    return ["values", *state, *(["values.uses", "values.last_use"] if view.schema.usage else [])]
 
 
 def _first(asked: bool | None, drawn: bool) -> bool:

@@ -21,7 +21,9 @@ CONFIGS = (
     mempool.TableConfig(
         name="momentum", num_slots=SLOTS, value_dim=DIM, dtype="bfloat16", optimizer=optim.SGD(lr=0.1, momentum=0.9)
     ),
-    mempool.TableConfig(name="adagrad", num_slots=SLOTS, value_dim=DIM, dtype="int8", optimizer=optim.Adagrad(lr=0.1)),
+    mempool.TableConfig(
+        name="adagrad", num_slots=SLOTS, value_dim=DIM, dtype="int8", usage=True, optimizer=optim.Adagrad(lr=0.1)
+    ),
     mempool.TableConfig(
         name="rowwise_adagrad",
         num_slots=SLOTS,
@@ -37,6 +39,7 @@ CONFIGS = (
         value_dim=DIM,
         dtype="bfloat16",
         master=True,
+        usage=True,
         optimizer=optim.AdamW(lr=0.01, weight_decay=0.1, dense=True),
         keys=mempool.ProductKeys(heads=2, key_dim=8),
     ),
@@ -108,6 +111,9 @@ def contents(tables: Iterable[mempool.Table]) -> dict[str, Tensor]:
         ids = torch.arange(table.num_slots)
         found[f"{table.name}/values"] = table.rows(ids)
         found |= {f"{table.name}/{name}": rows for name, rows in table.state(ids).items()}
+        if table.schema.usage:
+            counts = table.usage(ids)
+            found |= {f"{table.name}/uses": counts.uses, f"{table.name}/last use": counts.last_use}
         if table.schema.keys is not None:
             found[f"{table.name}/keys"] = table.read_keys()
         found[f"{table.name}/steps"] = torch.tensor(table.step_count())

@@ -137,6 +137,7 @@ class FaultyShard:
     read_rows = _served("read_rows")
     write_rows = _served("write_rows")
     step_count = _served("step_count")
+    usage = _served("usage")
     pin = _served("pin")
 
     def names(self) -> list[str]:

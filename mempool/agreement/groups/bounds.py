@@ -6,6 +6,7 @@ from mempool.types.groups.meeting import MeetRequest, Word
 MAX_RANKS = 4096
 PART_BYTES = 128
 """Of an arrival, and of each table in one, besides its sequences."""
+_MEMBER_BYTES = 1024
 _MAX_HOST = 1_000
 _NUMBER_BYTES = 8
 
@@ -30,6 +31,11 @@ def bytes_of(arrival: MeetRequest | None) -> int:
     if arrival is None:
         return 0
     return PART_BYTES + sum(PART_BYTES + _NUMBER_BYTES * len(part.sequences) for part in arrival.parts)
+
+
+def bytes_of_member(said: MeetRequest) -> int:
+    """What it costs to know a rank, by what it has said first."""
+    return _MEMBER_BYTES + 4 * (len(said.host) + len(said.launcher))
 
 
 def bytes_of_word(word: Word | None) -> int:

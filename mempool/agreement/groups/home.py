@@ -8,7 +8,7 @@ updates are committed is ``step``'s, as of any trainer.
 import math
 from dataclasses import dataclass, field, replace
 
-from mempool.agreement.groups.bounds import PART_BYTES, bytes_of, bytes_of_word, check_request
+from mempool.agreement.groups.bounds import PART_BYTES, bytes_of, bytes_of_member, bytes_of_word, check_request
 from mempool.errors import InvalidRequest, Overloaded
 from mempool.types.groups.meeting import (
     Arrival,
@@ -23,7 +23,7 @@ from mempool.types.groups.meeting import (
 
 MAX_GROUPS = 256
 MAX_BYTES = 64 * 2**20
-"""Of what ranks arrive with, and of leaders' words, of all groups together."""
+"""Of ranks, what they arrive with, and leaders' words, of all groups together."""
 
 
 @dataclass(slots=True)
@@ -74,6 +74,7 @@ class Groups:
         self.lease_s = lease_s
         self._groups: dict[str, _Group] = {}
         self._num_bytes = 0
+        self._handling = "", 0.0  # the group that says something, and when
         self._tickets = 0  # the newest that was given
         self._first_ticket = 0  # of this home: all of an earlier one's are lower
 
@@ -97,6 +98,7 @@ class Groups:
         """
         check_request(request)
         heard_s = now_s if heard_s is None else heard_s
+        self._handling = request.group, now_s
         if request.kind == "leave":
             return self._leave(request, now_s)
         if request.kind == "join" and not self._is_due(request, first_generation):
@@ -113,9 +115,7 @@ class Groups:
             if reply is not None:
                 return reply
             member = group.members[request.rank]
-        if member.said.kind != request.kind:
-            group.changes += 1
-        member.said, member.heard_s = _brief(request), max(heard_s, member.heard_s)
+        member.said, member.heard_s = _brief(request, member.said), max(heard_s, member.heard_s)
         if request.kind != "join" or not group.step:  # who joins says where its model is, which may be elsewhere
             group.step = max(group.step, request.step)
         if request.generation > group.generation:  # this home has begun anew, and somebody has joined it since
@@ -129,7 +129,7 @@ class Groups:
             return self._reply(group, "changed")
         if request.meeting > member.meeting:
             member.meeting = request.meeting
-            group.changes += 1
+            group.changes += group.terms.consistency == "bounded"  # ranks of a sync group wait until all are there
         if request.rank == 0 and request.word is not None and _is_newer(request.word, group.word):
             self._take_word(group, request.word)
             group.changes += 1
@@ -183,12 +183,12 @@ class Groups:
         group = self._groups.get(request.group)
         joins = request.kind == "join"
         if group is not None and joins and all(each.left for each in group.members.values()):
-            known = group.members.get(request.rank)
-            if known is None or known.said.nonce != request.nonce:  # another job of that name
+            said = [each.said for each in group.members.values()]
+            if not any(each.nonce == request.nonce or _restarts(request, each) for each in said):  # another job's name
                 self._forget(request.group, group)
                 group = None
         if group is None:
-            self._make_room(now_s)
+            self._make_room()
             generation = first_generation if joins else request.generation
             learned_s = None if joins else now_s
             group = _Group(request.terms, generation, told=not joins, learned_s=learned_s)
@@ -221,7 +221,7 @@ class Groups:
                 "elastic=True in all of them where it may go on with another number. Nothing was changed."
             )
         self._begin(group, group.generation + 1)
-        group.members.clear()
+        self._forget_members(group)
         group.terms, group.learned_s = request.terms, None
         return None
 
@@ -250,7 +250,9 @@ class Groups:
             # Where what was before is known from others, that rank may have been in a later one than they know of.
             self._begin(group, max(group.generation + 1, first_generation if group.told else 0))
         ticket = request.number if request.kind == "join" else request.ticket
-        group.members[request.rank] = _Member(_brief(request), now_s, ticket=ticket)
+        before = 0 if known is None else bytes_of_member(known.said)
+        self._account(bytes_of_member(request) - before, f"rank {request.rank} of {request.group!r}")
+        group.members[request.rank] = _Member(_brief(request, request), now_s, ticket=ticket)
         group.changes += 1
         return None
 
@@ -279,19 +281,13 @@ class Groups:
             self._take(member, request)
             return self._reply(group, "word", word=group.word)
         self._take(member, request)
-        here = [
-            each.arrival
-            for rank in range(group.terms.world_size)
-            if (each := group.members.get(rank)) is not None
-            and each.arrival is not None
-            and each.generation == group.generation
-            and each.arrival.meeting == request.meeting
-        ]
-        if len(here) == group.terms.world_size and group.complete != request.meeting:
+        if group.complete != request.meeting and len(here := _here(group, request.meeting)) == group.terms.world_size:
             group.complete = request.meeting
             group.changes += 1
         if group.complete == request.meeting:
-            if request.rank == 0 and len(here) == group.terms.world_size:
+            if request.rank and self._lives(group.members.get(0), now_s):
+                return None
+            if not request.rank and len(here := _here(group, request.meeting)) == group.terms.world_size:
                 arrivals = tuple(
                     Arrival(
                         rank=each.rank,
@@ -304,8 +300,6 @@ class Groups:
                     for each in here
                 )
                 return self._reply(group, "arrived", arrivals=arrivals)
-            if request.rank and self._lives(group.members.get(0), now_s):
-                return None
         return self._lost(group, request.rank, now_s, request.meeting)
 
     def _within_bounds(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
@@ -405,6 +399,8 @@ class Groups:
 
     def _account(self, more: int, whose: str) -> None:
         if more > 0 and self._num_bytes + more > MAX_BYTES:
+            self._forget_dead()
+        if more > 0 and self._num_bytes + more > MAX_BYTES:
             raise Overloaded(
                 f"groups hold {self._num_bytes:,} bytes at their home, and at most {MAX_BYTES:,} are taken: {whose} is "
                 "to come again in a moment",
@@ -412,20 +408,29 @@ class Groups:
             )
         self._num_bytes += more
 
-    def _make_room(self, now_s: float) -> None:
-        if len(self._groups) < MAX_GROUPS:
-            return
+    def _forget_dead(self) -> None:
+        """Groups none of whose ranks live, but the one that says something."""
+        handling, now_s = self._handling
         for name, group in list(self._groups.items()):
-            if not any(self._lives(member, now_s) for member in group.members.values()):
+            if name != handling and not any(self._lives(member, now_s) for member in group.members.values()):
                 self._forget(name, group)
+
+    def _make_room(self) -> None:
+        if len(self._groups) >= MAX_GROUPS:
+            self._forget_dead()
         if len(self._groups) >= MAX_GROUPS:
             raise Overloaded(
                 f"{MAX_GROUPS} groups of ranks are at work on this pool, and no more are taken", retry_after_s=10.0
             )
 
-    def _forget(self, name: str, group: _Group) -> None:
+    def _forget_members(self, group: _Group) -> None:
         for member in group.members.values():
             self._take(member, None)
+            self._num_bytes -= bytes_of_member(member.said)
+        group.members.clear()
+
+    def _forget(self, name: str, group: _Group) -> None:
+        self._forget_members(group)
         self._take_word(group, None)
         self._take_undecided(group, None)
         del self._groups[name]
@@ -438,6 +443,19 @@ class Groups:
             lease_s=self.lease_s,
             **more,  # type: ignore[arg-type]
         )
+
+
+def _here(group: _Group, meeting: int) -> list[MeetRequest]:
+    """What ranks have come with to a meeting, by rank; of those before the first who is not there."""
+    found = []
+    for rank in range(group.terms.world_size):
+        member = group.members.get(rank)
+        if member is None or member.arrival is None or member.generation != group.generation:
+            break
+        if member.arrival.meeting != meeting:
+            break
+        found.append(member.arrival)
+    return found
 
 
 def _is_newer(word: Word, known: Word | None) -> bool:
@@ -464,9 +482,9 @@ def _progress(member: _Member | None) -> float:
     return 0.0 if member is None else math.inf if member.left else float(member.meeting)
 
 
-def _brief(request: MeetRequest) -> MeetRequest:
-    """Who says it, and where it is: without what it comes with."""
-    return replace(request, parts=(), word=None)
+def _brief(request: MeetRequest, first: MeetRequest) -> MeetRequest:
+    """Who says it, as it was named first, and where it is: without what it comes with."""
+    return replace(request, host=first.host, launcher=first.launcher, parts=(), word=None)
 
 
 def _restarts(request: MeetRequest, known: MeetRequest) -> bool:

@@ -1,11 +1,16 @@
 """What the ranks of a sync group arrive with, as one step: whether they agree, and whose updates it has. Pure."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from mempool.errors import InvalidRequest, RankLost
 from mempool.types.groups.meeting import Arrival, OfferedPart
 
 NameOf = Callable[[int], str]
+
+_SAME_SCALE = 1e-5
+"""Relative: clipping makes grad_scale of norms of which ranks may have other last bits, on GPUs of several kinds, say.
+The leader's is what counts."""
 
 
 def sequences_of(arrivals: Sequence[Arrival]) -> dict[int, tuple[int, ...]]:
@@ -63,7 +68,11 @@ def _norm(arrival: Arrival) -> str:
 def _numbers(mine: OfferedPart, theirs: OfferedPart, name: str, phase: str) -> tuple[str, str]:
     if phase != "commit":
         return "", ""
-    for what, one, other in (("lr", mine.lr, theirs.lr), ("grad_scale", mine.grad_scale, theirs.grad_scale)):
-        if one != other:
-            return f"commits table {name!r} with {what} = {one!r}", f"with {what} = {other!r}"
+    if mine.lr != theirs.lr:
+        return f"commits table {name!r} with lr = {mine.lr!r}", f"with lr = {theirs.lr!r}"
+    if not math.isclose(mine.grad_scale, theirs.grad_scale, rel_tol=_SAME_SCALE):
+        return (
+            f"commits table {name!r} with grad_scale = {mine.grad_scale!r}",
+            f"with grad_scale = {theirs.grad_scale!r}",
+        )
     return "", ""

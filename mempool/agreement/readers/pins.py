@@ -43,6 +43,7 @@ class Pin:
     moment: Where it is settled; None: it is armed.
     name: Of a snapshot; "": a reader's.
     ends_s: When its lease is over.
+    beside: Of keys: the version of their table that they belong to, where it was pinned with them.
     """
 
     token: str
@@ -51,6 +52,7 @@ class Pin:
     moment: Moment | None
     name: str
     ends_s: float
+    beside: int | None = None
 
 
 class Pins:
@@ -107,8 +109,11 @@ class Pins:
         self._add(Pin(token=token, serial=serial, first=newest, moment=None, name=name, ends_s=ends_s))
         return newest
 
-    def attach(self, token: str, *, serial: int, version: int, name: str, ends_s: float) -> Moment:
-        """Pin what is kept already: of a snapshot's name, or of a version.
+    def attach(
+        self, token: str, *, serial: int, version: int, name: str, ends_s: float, beside: int | None = None
+    ) -> Moment:
+        """Pin what is kept already: of a snapshot's name, beside a version of the table whose keys it has, or of a
+        version.
 
         Raises:
             VersionGone: It is not kept.
@@ -118,17 +123,24 @@ class Pins:
             return self.moment(token)
         self._require_room("")
         if name:
-            held = next((pin.moment for pin in self._pins.values() if pin.name == name), None)
+            found = [pin for pin in self._pins.values() if pin.name == name]
+            held, beside = (found[0].moment, found[0].beside) if found else (None, None)
+        elif beside is not None:
+            with_it = (pin.moment for pin in self._pins.values() if pin.beside == beside and pin.moment is not None)
+            held = max(with_it, key=lambda each: each.number, default=None)
         else:
             held = next((each for each in reversed(self._moments) if each.version == version), None)
         if held is None:
-            what = f"snapshot {name!r}" if name else f"version {version}"
-            raise self._gone(what, self._told.get(_named(name)) or "nobody keeps it")
-        self._add(Pin(token=token, serial=serial, first=held, moment=held, name="", ends_s=ends_s))
+            what = f"snapshot {name!r}" if name else f"version {version}" if beside is None else "the version"
+            of = "" if beside is None or name else f" that goes with version {beside} of the table whose keys it has"
+            raise self._gone(what + of, self._told.get(_named(name)) or "nobody keeps it")
+        self._add(Pin(token=token, serial=serial, first=held, moment=held, name="", ends_s=ends_s, beside=beside))
         return held
 
-    def settle(self, token: str, version: int, *, ends_s: float) -> Moment:
+    def settle(self, token: str, version: int, *, ends_s: float, beside: int | None = None) -> Moment:
         """From now on it is of that version alone, which is not above the present one. Again: as it was.
+
+        beside: The version of the table whose keys these are that was pinned with it.
 
         Raises:
             VersionGone: The pin is not here any more.
@@ -144,7 +156,7 @@ class Pins:
                 f"a pin of table {self._table!r} cannot be settled at version {version} on shard {self._shard}: it was "
                 f"taken at {pin.first.version}. Nothing was changed."
             )
-        self._pins[token] = replace(pin, moment=held, ends_s=max(pin.ends_s, ends_s))
+        self._pins[token] = replace(pin, moment=held, ends_s=max(pin.ends_s, ends_s), beside=beside)
         self._forget_moments()
         return held
 

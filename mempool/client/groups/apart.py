@@ -35,7 +35,11 @@ class ApartGroup:
 
     @property
     def steps_together(self) -> bool:
-        return self.member.joining.terms.consistency == "bounded"  # so that each has counted the same steps
+        return self.counts_steps  # also with nothing pending
+
+    @property
+    def counts_steps(self) -> bool:
+        return self.member.joining.terms.consistency == "bounded"
 
     @property
     def waits(self) -> bool:

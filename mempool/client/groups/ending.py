@@ -20,13 +20,17 @@ LAST_STEP = 2**53 - 1
 
 
 async def became_decided(router: Router, table_id: int, step_id: StepId) -> bool:
-    """Whether that step, or a later one of its generation, is decided on a table; if not, none ever is.
+    """Whether that step, or a later one of its generation, is decided on a table; if not, none ever is: of a table that
+    was dropped, or has lost pages, nobody can say.
 
     Raises:
         MempoolError: As the router's; nothing is known then.
     """
-    await end_generation(router, table_id, step_id)
-    return await _asked(router, table_id, step_id)
+    try:
+        await end_generation(router, table_id, step_id)
+        return await _asked(router, table_id, step_id)
+    except (NotFound, DataLoss):  # a rank that waited for its answer would keep its group from going on
+        return False
 
 
 async def end_generation(router: Router, table_id: int, step_id: StepId) -> None:

@@ -45,7 +45,8 @@ class Group:
 
 
 async def enter(joining: Joining, *, coordinator: Coordinator, router: Router, api: PoolApi) -> Member | None:
-    """Join: from now on this client's steps are the group's. None for a group of one, which is no group.
+    """Join: from now on this client's steps are the group's. None for a group of one, which is no group, unless it is
+    elastic: it may be what is left of a larger one.
 
     Raises:
         InvalidRequest: This client has joined a group, or has something pending; or the group is joined under other
@@ -65,7 +66,7 @@ async def enter(joining: Joining, *, coordinator: Coordinator, router: Router, a
                 f"table {router.name_of(session.table_id)!r} has {session.pending} updates pending: commit or discard "
                 "them, and join before the first backward pass"
             )
-    if joining.terms.world_size == 1:
+    if joining.terms.world_size == 1 and not joining.terms.elastic:
         coordinator.found, coordinator.alone = None, True
         return None
     sync = joining.terms.consistency == "sync"

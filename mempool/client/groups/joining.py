@@ -111,7 +111,10 @@ def found(environment: Mapping[str, str] | None = None) -> Joining | None:
     if not rank < world <= MAX_RANKS:
         return None
     run = environment.get("TORCHELASTIC_RUN_ID", "none")
-    name = f"{address}:{port}" if run in ("", "none") else run
+    place = f"{address}:{port}"
+    if address == "localhost" or address.startswith("127.") or address == "::1":
+        place = f"{socket.gethostname()[:200]}, {place}"  # each host's jobs have that one
+    name = place if run in ("", "none") else run
     elastic = environment.get("TORCHELASTIC_MAX_RESTARTS") is not None and run not in ("", "none")
     return Joining(
         group=name[:_MAX_NAME_BYTES],

@@ -4,8 +4,10 @@ What a meeting is about is ``stepping``'s. Everything runs on the IO loop.
 """
 
 import asyncio
+import atexit
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from mempool.client.routing.router import Router
 from mempool.errors import AlreadyExists, DeadlineExceeded, MempoolError, RankLost, ShardUnavailable
 from mempool.types import PoolApi, ShardInfo
 from mempool.types.groups.meeting import MeetKind, MeetReply, MeetRequest, Seen, Undecided, Word
+from mempool.wire.channels.loop import run
 
 HOME = 0
 """The shard that is the home of groups: the lowest-numbered one, which no rescale takes away."""
@@ -100,6 +103,7 @@ class Member:
                 self.steps = reply.step
                 self._base = replace(self._base, ticket=ticket)
                 self._beating = clock.create_task(self._beat())
+                atexit.register(self._at_exit)
                 return reply.step
             if reply.answer == "occupied" and waited_s > reply.lease_s + _LATE_S:
                 there = reply.others[0]
@@ -183,9 +187,9 @@ class Member:
 
     async def leave(self) -> None:
         """Say that it comes no more."""
+        atexit.unregister(self._at_exit)
         tasks = [task for task in (self._beating, *self._saying) if task is not None]
-        if self._saying:  # the others wait for it
-            await asyncio.wait(tuple(self._saying), timeout=_LEAVING_S)
+        await self._said()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -193,6 +197,15 @@ class Member:
             with suppress(MempoolError, TimeoutError):
                 async with asyncio.timeout(_LEAVING_S):
                     await self._ask("leave")
+
+    def _at_exit(self) -> None:
+        """A program that ends with its last step, and closes no pool: others may wait for what came of that."""
+        with suppress(MempoolError, CancelledError):
+            run(self._said(), timeout_s=2 * _LEAVING_S)
+
+    async def _said(self) -> None:
+        if self._saying:  # the others wait for it
+            await asyncio.wait(tuple(self._saying), timeout=_LEAVING_S)
 
     async def _tell(self) -> None:
         with suppress(MempoolError):

@@ -76,6 +76,10 @@ class SyncGroup:
         return True
 
     @property
+    def counts_steps(self) -> bool:
+        return False  # what one skips all do
+
+    @property
     def waits(self) -> bool:
         return self.member.waits and not self.member.leads
 
@@ -407,17 +411,15 @@ class SyncGroup:
         for joint in distinct(session.applying for session in sessions):
             with suppress(MempoolError):  # it is decided: shards ask each other
                 await self._coordinator.applied(list(joint.sessions.values()))
-        for session in sessions:
-            closing = session.book.closing
-            in_doubt = session.joint is not None and session.joint.step.state != "open"
-            if session.table_id in self._empty or (closing is not None and (closing.committing or in_doubt)):
-                if not await self._is_decided(session):
-                    continue
-                session.commits += 1
-                if closing is not None:
-                    self._count(session)
-                self.member.steps += not self._ended
-                self._ended = True
+        asked = [session for session in sessions if self._may_be_decided(session)]
+        decided = [session for session in asked if await self._is_decided(session)]  # all of it, before anything counts
+        for session in decided:
+            session.commits += 1
+            if session.book.closing is not None:
+                self._count(session)
+        if decided:
+            self.member.steps += not self._ended
+            self._ended = True
         for session in sessions:
             session.joint = session.applying = None
             session.book.renew(generation)
@@ -430,6 +432,11 @@ class SyncGroup:
         session.counters.steps_committed += 1
         session.counters.updates_committed += count
         self._late[session.table_id] += count
+
+    def _may_be_decided(self, session: Session) -> bool:
+        closing = session.book.closing
+        in_doubt = session.joint is not None and session.joint.step.state != "open"
+        return session.table_id in self._empty or (closing is not None and (closing.committing or in_doubt))
 
     async def _is_decided(self, session: Session) -> bool:
         """Whether the group's step that this rank had arrived with is decided; if not, it never is from here on."""

@@ -50,6 +50,14 @@ class KeyTables:
         return *layout.chosen(scores, rows, topk), seen
 
     async def _opened(self, router: "Router", schema: TableSchema, timeout_s: float) -> int:
-        view = await router.open(key_table_name(schema.name), timeout_s=timeout_s)
-        self._ids[schema.table_id] = view.schema.table_id
-        return view.schema.table_id
+        """The id of the table of its keys. Raises NotFound where there is another table of its name by now, whose the
+        keys of that name are: a table takes the place of another one together with its keys."""
+        keys = await router.open(key_table_name(schema.name), timeout_s=timeout_s)
+        owner = await router.open(schema.name, timeout_s=timeout_s)  # after its keys: they are no later one's than this
+        if owner.schema.table_id != schema.table_id:
+            raise NotFound(
+                f"table {schema.name!r} is another one by now (id {owner.schema.table_id}, not {schema.table_id}): it "
+                f"was dropped, or replaced, and its keys with it. Open it anew (pool.reopen({schema.name!r}))"
+            )
+        self._ids[schema.table_id] = keys.schema.table_id
+        return keys.schema.table_id

@@ -1,9 +1,8 @@
 """Named versions of a pool's tables, which shards keep without a lease. Runs on the IO loop."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
-from mempool.client.reading.pinning import pin_newest, release
+from mempool.client.reading.pinning import pin_newest
 from mempool.client.routing.router import Router
 from mempool.errors import NotFound
 from mempool.types import TableView
@@ -14,26 +13,17 @@ Views = Callable[[], Awaitable[list[TableView]]]
 
 
 async def take_snapshot(router: Router, name: str, tables: Iterable[str] | None, *, views: Views) -> dict[str, int]:
-    """Keep each table, and the keys that it trains, at its newest version; all of them, or none. tables: names; None:
-    all. Answers the versions by name, those of keys left out.
+    """Keep tables, and the keys that they train, at their newest versions, as one cut; all of them, or none. tables:
+    names; None: all. Answers the versions by name, those of keys left out.
 
     Raises:
         NotFound: There is no such table.
         MempoolError: As ``pin_newest``.
     """
     ids = await _ids(tables, views)
-    pins = [asyncio.ensure_future(pin_newest(router, table_id, name=name)) for table_id in ids.values()]
-    try:
-        versions = zip(ids, [version for _, version in await asyncio.gather(*pins)], strict=True)
-        return {each: version for each, version in versions if not each.endswith(key_table_name(""))}
-    except BaseException:
-        for pin in pins:
-            pin.cancel()
-        taken = await asyncio.gather(*pins, return_exceptions=True)
-        for table_id, found in zip(ids.values(), taken, strict=True):
-            if not isinstance(found, BaseException):
-                await release(router, table_id, found[0])
-        raise
+    keys_of = {ids[keys]: table_id for each, table_id in ids.items() if (keys := key_table_name(each)) in ids}
+    pinned = await pin_newest(router, list(ids.values()), keys_of=keys_of, name=name)
+    return {each: pinned.versions[table_id] for each, table_id in ids.items() if table_id not in keys_of}
 
 
 async def drop_snapshot(router: Router, name: str, tables: Iterable[str] | None, *, views: Views) -> None:

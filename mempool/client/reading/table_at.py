@@ -12,6 +12,8 @@ from typing import NoReturn, Self
 
 from torch import Tensor
 
+from mempool.client.gathers.untraced import untraced
+from mempool.client.lookup import Lookup, PendingLookup
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.reading.pinning import keep
 from mempool.client.reading.versions import LATEST
@@ -22,7 +24,7 @@ from mempool.client.training.begun import BegunGather
 from mempool.client.training.commitment import Prepared
 from mempool.client.training.link import TableLink
 from mempool.client.training.session import Session
-from mempool.errors import InvalidRequest
+from mempool.errors import InvalidRequest, VersionGone
 from mempool.types import TableSchema
 from mempool.types.bags import Act, Bags
 from mempool.wire.channels import loop
@@ -95,12 +97,27 @@ class TableAt(Table):
     @property
     def keys(self) -> Table:
         """As of the table, read at a version, too."""
-        if self.trains_keys and self._keys is None:
-            raise InvalidRequest(
-                f"table {self.name!r} is read at version {self.version}, given as a number, and which version of its "
-                "keys goes with it is not known: take table.at(), or a snapshot's name, or gather by ids"
-            )
-        return super().keys
+        return super().keys if self._keeps_keys else self._no_keys()
+
+    @untraced
+    def lookup(self, queries: Tensor, topk: int) -> Lookup:
+        """As of the table. Raises VersionGone, too, where nobody keeps its keys as they were then."""
+        return super().lookup(queries, topk) if self._keeps_keys else self._no_keys()
+
+    @untraced
+    def lookup_async(self, queries: Tensor, topk: int) -> PendingLookup:
+        """As of the table. Raises VersionGone, too, where nobody keeps its keys as they were then."""
+        return super().lookup_async(queries, topk) if self._keeps_keys else self._no_keys()
+
+    @property
+    def _keeps_keys(self) -> bool:
+        return self._keys is not None or not self.trains_keys
+
+    def _no_keys(self) -> NoReturn:
+        raise VersionGone(
+            f"table {self.name!r} is read at version {self.version}, given as a number, and nobody keeps its keys "
+            "as they were then: take table.at(), or a snapshot's name, or gather by ids"
+        )
 
     def at(self, version: int | str = LATEST) -> NoReturn:
         """A version has no versions."""
@@ -144,6 +161,14 @@ class TableAt(Table):
     def state(self, ids: Tensor | Sequence[int], names: Iterable[str] | None = None) -> NoReturn:
         """No optimizer state is kept for it."""
         self._refuse("asked for optimizer state")
+
+    def usage(self, slots: object = None, *, older_than: int = 0) -> NoReturn:
+        """Nor are counts of use."""
+        self._refuse("asked for its usage")
+
+    def reinit(self, slots: object = None, **_: object) -> NoReturn:
+        """Nothing writes to it."""
+        self._refuse("written to")
 
     def step_count(self) -> NoReturn:
         """Nor is the step count."""

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, cast
 
 from mempool.client.counts import as_count
-from mempool.client.keys.keyed import Keyed
 from mempool.client.opening.forking import Forks
-from mempool.client.reading.pinning import pin_kept, pin_newest, pin_version
+from mempool.client.reading.pinning import Pinned, pin_kept, pin_newest, pin_version
 from mempool.client.training.session import Session
+from mempool.client.usage.counted import Counted
 from mempool.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ LATEST = "latest"
 MAX_NAME_BYTES = 64
 
 
-class Versions(Keyed):
+class Versions(Counted):
     """A part of ``Table``."""
 
     _session: Session
@@ -42,21 +42,21 @@ class Versions(Keyed):
                 version, while it is the newest one or somebody has it pinned. Another text: what ``pool.snapshot`` has
                 kept under that name.
 
-        The keys that it trains are read as they are now, too, or as the snapshot has them; not where the version is
-        given as a number, which is the values' own.
+        The keys that it trains are read as they are at that version, too. Of a version that is given as a number they
+        may be gone, where whoever has it pinned has not pinned them with it: reading them raises VersionGone then.
 
         Raises:
             VersionGone: There is no such snapshot, or the version is over and kept by nobody.
             InvalidRequest: The version is still to come.
+            Overloaded: Others commit so often that no moment between two commits was found, for values and keys.
             ShardUnavailable: A shard did not answer within the pool's timeout_s.
         """
-        from mempool.client.reading.table_at import TableAt  # it is a table
-
-        table_id, router = self.schema.table_id, self._router
+        router, keys = self._router, self.keys if self.trains_keys else None
+        ids = [self.schema.table_id, *(() if keys is None else (keys.schema.table_id,))]
         if version == LATEST:
-            pin, number = self._run(pin_newest(router, table_id))
+            pinned = self._run(pin_newest(router, ids, keys_of=dict.fromkeys(ids[1:], ids[0])))
         elif isinstance(version, str):
-            pin, number = self._run(pin_kept(router, table_id, name=checked_name(version)))
+            pinned = self._run(pin_kept(router, ids, name=checked_name(version)))
         else:
             wanted = as_count(version)
             if wanted is None or wanted < 0:
@@ -64,17 +64,21 @@ class Versions(Keyed):
                     f"table {self.schema.name!r}: version = {version!r} must be a version's number, a snapshot's name, "
                     f"or {LATEST!r}"
                 )
-            pin, number = self._run(pin_version(router, table_id, wanted))
-        # A version's number is the table's own: which one of its keys goes with it is not known.
-        keys = self.keys.at(version) if self.trains_keys and isinstance(version, str) else None
+            pinned = self._run(pin_version(router, ids, wanted))
+        has_keys = keys is not None and keys.schema.table_id in pinned.versions
+        return self._at(pinned, keys._at(pinned) if keys is not None and has_keys else None)
+
+    def _at(self, pinned: Pinned, keys: "TableAt | None" = None) -> "TableAt":
+        from mempool.client.reading.table_at import TableAt  # it is a table
+
         return TableAt(
             self.schema,
-            router=router,
+            router=self._router,
             session=self._session,
             run=self._run,
             begin=self._begin,
-            pin=pin,
-            version=number,
+            pin=pinned.pin,
+            version=pinned.versions[self.schema.table_id],
             keys=keys,
         )
 

@@ -43,7 +43,8 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
-from mempool.types.messages import PinAction, ReplyDtype
+from mempool.types.messages import ReplyDtype
+from mempool.types.reading.pins import PinAction
 
 _SENT = "sent ids"
 SCORED_BYTES = 12
@@ -284,15 +285,19 @@ class Attempt:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
         return await read_rows(self._fanout, array, ids, pin=self._pin)
 
-    async def write_rows(self, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite) -> None:
+    async def write_rows(self, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite, fresh: bool) -> None:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
-        await write_rows(self._fanout, array, ids, rows, write=write)
+        await write_rows(self._fanout, array, ids, rows, write=write, fresh=fresh)
 
-    async def pin(self, do: PinAction, pin: str, *, version: int = 0, name: str = "", lease_s: float) -> list[int]:
+    async def pin(
+        self, do: PinAction, pin: str, *, version: int = 0, name: str = "", lease_s: float, beside: int | None = None
+    ) -> list[int]:
         """What becomes of a pin at every owner: the version of it at each."""
 
         async def ask(host: ShardHost, envelope: Envelope) -> int:
-            request = PinRequest(envelope=envelope, do=do, pin=pin, version=version, name=name, lease_s=lease_s)
+            request = PinRequest(
+                envelope=envelope, do=do, pin=pin, version=version, name=name, lease_s=lease_s, beside=beside
+            )
             reply = await host.pin(request)
             self._fanout.saw(reply.version)
             return reply.version

@@ -250,13 +250,25 @@ class Router:
         return await self.call(table_id, lambda attempt: attempt.read_rows(array, ids), timeout_s=timeout_s)
 
     async def write_rows(
-        self, table_id: int, *, array: str, ids: Tensor, rows: Tensor, timeout_s: float | None = None
+        self,
+        table_id: int,
+        *,
+        array: str,
+        ids: Tensor,
+        rows: Tensor,
+        fresh: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
-        """Overwrite rows [M, ..]. Atomic on one shard, not across shards; repeating it is safe."""
+        """Overwrite rows [M, ..]. Atomic on one shard, not across shards; repeating it is safe.
+
+        fresh: As of ``WriteRowsRequest``.
+        """
         async with self._room_for_writes:
             with self._writer.begin() as write:
                 await self.call(
-                    table_id, lambda attempt: attempt.write_rows(array, ids, rows, write=write), timeout_s=timeout_s
+                    table_id,
+                    lambda attempt: attempt.write_rows(array, ids, rows, write=write, fresh=fresh),
+                    timeout_s=timeout_s,
                 )
 
     async def step_count(self, table_id: int, *, to: int | None = None, timeout_s: float | None = None) -> int:

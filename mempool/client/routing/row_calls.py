@@ -15,6 +15,9 @@ from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import ShardRoute, TablePlan, pick_columns, place_rows, rows_of
 from mempool.types import Envelope, ProductKeySpec, ReadRowsRequest, ShardHost, ShardInfo, WriteRowsRequest
 
+_PER_SLOT = ("keys", "values.uses", "values.last_use")
+"""Arrays whose rows lie with block 0 alone, whole. The keys of product keys lie by heads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Target:
@@ -28,7 +31,7 @@ class _Target:
         """The blocks that rows of this array have in its messages."""
         if self.route is None:
             return ()
-        return (0,) if array == "keys" else self.route.blocks
+        return (0,) if array in _PER_SLOT else self.route.blocks
 
 
 async def read_rows(fanout: Fanout, array: str, ids: Tensor, *, pin: str = "") -> Tensor:
@@ -46,17 +49,22 @@ async def read_rows(fanout: Fanout, array: str, ids: Tensor, *, pin: str = "") -
     replies = await fanout.each([(target.info, partial(ask, target)) for target in targets])
     if len(targets) == 1 and targets[0].kept is None and targets[0].route is not None and targets[0].route.whole:
         return replies[0]
-    if array == "keys":
-        return _merged_keys(fanout.plan, ids, targets, replies)
+    if array in _PER_SLOT:
+        return _merged_whole(fanout.plan, ids, targets, replies)
     return _merged_rows(fanout.plan, ids, targets, replies)
 
 
-async def write_rows(fanout: Fanout, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite) -> None:
-    """Overwrite rows [M, ..] of a named array, in the table's order of columns; ``write``: of all tries the same."""
+async def write_rows(
+    fanout: Fanout, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite, fresh: bool = False
+) -> None:
+    """Overwrite rows [M, ..] of a named array, in the table's order of columns; ``write``: of all tries the same.
+
+    fresh: As of ``WriteRowsRequest``.
+    """
 
     async def tell(target: _Target, host: ShardHost, envelope: Envelope) -> object:
         kept_ids, kept_rows = (ids, rows) if target.kept is None else (ids[target.kept], rows[target.kept])
-        if target.route is not None and array != "keys":
+        if target.route is not None and array not in _PER_SLOT:
             kept_rows = _columns_of(target.route, kept_rows, fanout.plan)
         fanout.traffic.add(sent=kept_ids.nbytes + kept_rows.nbytes)
         request = WriteRowsRequest(
@@ -66,6 +74,7 @@ async def write_rows(fanout: Fanout, array: str, ids: Tensor, rows: Tensor, *, w
             blocks=target.blocks(array),
             rows=kept_rows,
             write_id=write.id,
+            fresh=fresh,
         )
         reply = await host.write_rows(request)
         fanout.saw(reply.stamp.table_version)
@@ -86,21 +95,23 @@ def _targets(plan: TablePlan, array: str, ids: Tensor) -> list[_Target]:
         everyone = [
             _Target(info=route.info, route=route, kept=rows_of(route, ids, schema=plan.schema))
             for route in plan.routes
-            if array != "keys" or route.blocks[0] == 0
+            if array not in _PER_SLOT or route.blocks[0] == 0
         ]
     # Of no ids at all everybody is asked: the width of a row is theirs to say.
     return [target for target in everyone if target.kept is None or target.kept.numel() or not ids.numel()]
 
 
-def _merged_keys(plan: TablePlan, ids: Tensor, targets: Sequence[_Target], replies: Sequence[Tensor]) -> Tensor:
-    keys = torch.empty(ids.shape[0], replies[0].shape[1], dtype=replies[0].dtype, device="cpu")
+def _merged_whole(plan: TablePlan, ids: Tensor, targets: Sequence[_Target], replies: Sequence[Tensor]) -> Tensor:
+    rows = torch.empty(ids.shape[0], replies[0].shape[1], dtype=replies[0].dtype, device="cpu")
     for target, reply in zip(targets, replies, strict=True):
         at = torch.arange(ids.shape[0], dtype=torch.int64, device="cpu") if target.kept is None else target.kept
-        if target.route is not None:  # flat keys: it may own other blocks of some of these slots, but not their keys
+        if (
+            target.route is not None
+        ):  # not of product keys: it may own other blocks of some of these slots, but not block 0
             mine = plan.page_owners[ids[at] >> plan.schema.page_shift, 0] == target.info.shard
             at, reply = at[mine], reply[mine]
-        keys[at] = reply
-    return keys
+        rows[at] = reply
+    return rows
 
 
 def _merged_rows(plan: TablePlan, ids: Tensor, targets: Sequence[_Target], replies: Sequence[Tensor]) -> Tensor:

@@ -105,6 +105,10 @@ class Stepping(Protocol):
         """Whether all ranks commit as one: also those that have nothing pending."""
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether others wait for the number of this rank's steps: also of those that it skips by itself."""
+
+    @property
     def waits(self) -> bool:
         """Whether others may still commit what this rank has come with in a call that was cut off."""
 

@@ -161,7 +161,7 @@ class Joint:
                     ),
                 )
             case Renumber():
-                self._renumber()
+                self._renumber(action.past)
             case Acknowledge():
                 self._set_apart(together, action.table_id)
             case Fail():
@@ -277,11 +277,11 @@ class Joint:
         self.step.handle(Gone(table_id=table_id))
         self.step.handle(Placed(owners=tuple(each for each in together.owners if each.table_id in self.sessions)))
 
-    def _renumber(self) -> None:
+    def _renumber(self, past: int) -> None:
         step_ids = {}
         for table_id, session in self.sessions.items():
             assert session.book.closing is not None
-            session.book.renumber()
+            session.book.renumber(past)
             step_ids[table_id] = session.book.closing.step_id
         self.step.handle(Renumbered(step_ids=step_ids))
 

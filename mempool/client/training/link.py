@@ -278,6 +278,12 @@ class TableLink:
         return group is not None and group.steps_together
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether ranks of its group wait for the number of this one's steps, those that it skips among them."""
+        group = self.session.coordinator.group
+        return group is not None and group.counts_steps
+
+    @property
     def place(self) -> tuple[int, int]:
         """Where its group is, as this rank knows: steps that are committed, and the generation; 0, 0 without one."""
         group = self.session.coordinator.group

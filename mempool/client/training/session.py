@@ -34,6 +34,9 @@ _WAITED_FOR_BYTES = 2**18
 """Of an update that the one shard of this process holds before the backward pass goes on: to hold it takes less time
 than taking turns at the interpreter with whoever does not wait."""
 
+_MOST_PASSED = 1024
+"""Numbers of steps that an update which shards refuse goes past at once."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pushed:
@@ -307,7 +310,8 @@ class Session:
         return weight_grad
 
     async def _weight_grad_sent(self, begun: "_Begun", *, timeout_s: float | None) -> Tensor | None:
-        step_id, group = begun.step.step_id, self.coordinator.group
+        step_id, group, by = begun.step.step_id, self.coordinator.group, 1
+        end_s = time.monotonic() + self._router.timeout_s
         while True:
             sending = partial(
                 _send,
@@ -320,11 +324,12 @@ class Session:
             try:
                 return await self._router.call(self.table_id, sending, timeout_s=timeout_s)
             except StepConflict:
-                if group is None:
+                if group is None or time.monotonic() > end_s:
                     raise
                 await group.refresh()  # its group may have begun a generation, as a rank came back
                 if begun.step.step_id == step_id:
-                    self.book.pass_over(step_id)
+                    self.book.pass_over(step_id, by=by)
+                    by = min(2 * by, _MOST_PASSED)
                 if begun.step.step_id == step_id:
                     raise
                 step_id = begun.step.step_id

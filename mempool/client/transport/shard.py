@@ -59,6 +59,7 @@ from mempool.types import (
 from mempool.types.caller import current_caller
 from mempool.types.groups.meeting import MeetReply, MeetRequest
 from mempool.types.running import Clock
+from mempool.types.usage import UsageReply, UsageRequest
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
 from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetView, ThawTable
@@ -146,6 +147,9 @@ class GrpcShard:
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
         return await self._call(methods.STEP_COUNT, request)
 
+    async def usage(self, request: UsageRequest) -> UsageReply:
+        return await self._call(methods.USAGE, request)
+
     async def meet(self, request: MeetRequest) -> MeetReply:
         return await self._call(methods.MEET, request)
 
@@ -165,6 +169,7 @@ class GrpcShard:
             source=request.source,
             fork=request.fork,
             known=known,
+            also=request.also,
         )
         try:
             await self._call(methods.ATTACH_TABLE, asked)

@@ -1,6 +1,6 @@
 """Has shards make a table of another one: its owners get ready, then take one moment of that one, at one version.
 
-Its placement stands still meanwhile. Which table, of what name, and who may use it when, is ``changes``'s.
+Its placement stands still at that moment. Which table, of what name, and who may use it when, is ``changes``'s.
 """
 
 import asyncio
@@ -103,13 +103,13 @@ class Forking:
     moments: Moments
     new_token: Callable[[], str]
 
-    async def fork(self, forks: Sequence[tuple[TableView, TableView]], infos: Sequence[ShardInfo]) -> None:
-        """Have all shards hold new tables as others are, all at one moment: (view of the new one, of the other one).
+    async def prepare(self, forks: Sequence[tuple[TableView, TableView]], infos: Sequence[ShardInfo]) -> None:
+        """Have all shards get ready to hold new tables as others are: (view of the new one, of the other one). It takes
+        long, and stops nobody.
 
         Raises:
             MempoolError: Some shard could not. What others have of them is pending.
         """
-        by_base = {base.schema.table_id: view for view, base in forks}
 
         async def attach(info: ShardInfo, view: TableView, base: TableView) -> None:
             point = ForkPoint(table_id=base.schema.table_id)
@@ -124,6 +124,14 @@ class Forking:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    async def take(self, forks: Sequence[tuple[TableView, TableView]]) -> None:
+        """Have them hold what those others are, all at one moment, while the others' pages stay where they are.
+
+        Raises:
+            MempoolError: Some shard could not. What others have of them is pending.
+        """
+        by_base = {base.schema.table_id: view for view, base in forks}
         token = self.new_token()
 
         async def take(host: ShardHost, owner: Owner, version: int) -> None:

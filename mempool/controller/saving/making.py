@@ -47,6 +47,7 @@ class Making:
         task: Makes it.
         view: Where its pages will be, once that is planned; until then it waits for its turn.
         bytes_of: Bytes that each owner has to fill.
+        prepares: Shards only get ready to fork it: whoever changes the pool does not wait for that.
         asked: A shard was asked to let it answer: it may be made.
         ended: Why it is to end, where somebody ends it.
     """
@@ -58,6 +59,7 @@ class Making:
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
+    prepares: bool = False
     asked: bool = False
     ended: MempoolError | None = None
     began_s: float

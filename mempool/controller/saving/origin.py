@@ -12,7 +12,7 @@ from mempool.checkpoint.format.ledger_json import parse_ledger
 from mempool.checkpoint.format.manifest import Manifest
 from mempool.checkpoint.stores import open_store
 from mempool.checkpoint.stores.places import check_place
-from mempool.controller.changes import require_no_key_table
+from mempool.controller.saving.alike import require_no_key_table
 from mempool.controller.saving.making import Origin
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StorageFailed
 from mempool.types import Ledger, RestoreTables, TableSchema, TableSource

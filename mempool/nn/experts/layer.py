@@ -3,19 +3,18 @@
 Shape legend: B tokens, H heads, K top-k, I width of the input.
 """
 
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mempool.client import Table
 from mempool.client.experts.autograd import expert_sums
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores
-from mempool.nn.experts.queries import QueryNorm, query_part
 from mempool.nn.layer import MemoryLayer
-from mempool.nn.sizes import checked_int, checked_key_dim, checked_table
+from mempool.nn.sizes import checked_int, checked_table
 from mempool.types.bags import ACTS
 
 
@@ -76,9 +75,13 @@ class PEERLayer(MemoryLayer):
         key_dim: int = 128,
         act: Literal["gelu", "relu", "silu"] = "gelu",
         scores: Scores = "softmax",
-        query_norm: QueryNorm = "batch",
+        query_norm: Literal["batch", "layer", "none"] = "batch",
         query_bias: bool = True,
+        sink: bool = False,
         qk_norm: bool = False,
+        key_dropout: float = 0.0,
+        sample_from: int | None = None,
+        random_slots: int = 0,
         input_dropout: float = 0.0,
         query_dropout: float = 0.0,
         value_dropout: float = 0.0,
@@ -90,28 +93,32 @@ class PEERLayer(MemoryLayer):
         out_dim = _checked_out_dim(table, checked_int("dim", dim))
         if act not in ACTS:
             raise InvalidRequest(f"act must be one of {', '.join(ACTS)}, got {act!r}")
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        heads, key_dim = checked_int("heads", heads), checked_key_dim(key_dim)
-        query: nn.Module | None = query_part(query_norm, dim, heads=heads, key_dim=key_dim, bias=query_bias, made=made)
+        if query_norm not in ("batch", "layer", "none"):
+            raise InvalidRequest(f'query_norm must be "batch", "layer" or "none", got {query_norm!r}')
         super().__init__(
             dim,
             table=table,
             heads=heads,
             topk=topk,
             key_dim=key_dim,
-            query=query,
+            query_norm=query_norm != "none" and query_norm,
             query_bias=query_bias,
             gate="none",
             out="none",
             out_dim=table.value_dim,
             scores=scores,
+            sink=sink,
             qk_norm=qk_norm,
+            key_dropout=key_dropout,
+            sample_from=sample_from,
+            random_slots=random_slots,
             input_dropout=input_dropout,
             query_dropout=query_dropout,
             value_dropout=value_dropout,
             key_init_std=key_init_std,
             deterministic=deterministic,
-            **made,
+            device=device,
+            dtype=dtype,
         )
         self.act = act
         self.out_dim = out_dim

@@ -26,6 +26,25 @@ def dots(queries_MD: Tensor, keys_RD: Tensor, index_MK: Tensor) -> Tensor:
     return found
 
 
+def parts_of(ids: Tensor, ways: int, size: int) -> tuple[Tensor, ...]:
+    """Half-keys of slots: the digits of their ids, to the base ``size``, the first the highest."""
+    found = []
+    for _ in range(ways - 1):
+        ids, digit = ids // size, ids % size
+        found.append(digit)
+    return ids, *reversed(found)
+
+
+def product_scores(queries_BHD: Tensor, keys_HPNd: Tensor, ids_BHK: Tensor) -> Tensor:
+    """Scores [B, H, K] float32 of any slots by product keys of P parts; differentiable in queries and keys."""
+    heads, ways, size, width = keys_HPNd.shape
+    index = torch.stack(parts_of(ids_BHK, ways, size), dim=2)
+    codebooks = torch.arange(heads * ways, dtype=torch.int64, device=index.device).view(heads, ways, 1)
+    places = (index + codebooks * size).flatten(0, 2)
+    found = dots(queries_BHD.reshape(-1, width), keys_HPNd.reshape(-1, width), places)
+    return found.view(index.shape).sum(2)
+
+
 @torch.library.custom_op("mempool::dots", mutates_args=())
 def _dots_op(queries: Tensor, keys: Tensor, index: Tensor) -> Tensor:
     keys = alias(keys)

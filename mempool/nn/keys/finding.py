@@ -12,17 +12,22 @@ from torch.nn import functional as F
 
 from mempool.client import Table
 from mempool.errors import InvalidRequest
-from mempool.nn.choice import Scores, weights_of
+from mempool.nn.choice import MemoryLookup, Scores, weights_of
+from mempool.nn.keys.dots import parts_of, product_scores
 from mempool.nn.keys.hierarchical import HierarchicalKeys
 from mempool.nn.keys.options import KeyOptions
 from mempool.nn.keys.tucker import TuckerKeys
 from mempool.nn.scoring import product_topk, unit_rms
-from mempool.nn.values import KeyLink
+from mempool.nn.stable.balance import balance_loss
+from mempool.nn.stable.exploring import Exploring, other_slots, sampled, with_dropped_keys
+from mempool.nn.usage import HeadCounts, LayerUsage
+from mempool.nn.values import KeyLink, LayerLink
 
 
 class FindsSlots(nn.Module):
     """A memory layer up to its look-up. Its attributes are ``MemoryLayer``'s."""
 
+    _link: LayerLink
     table: Table
     query: nn.Module
     half_keys: nn.Parameter | None
@@ -36,7 +41,9 @@ class FindsSlots(nn.Module):
     scores: Scores
     query_dropout: float
     qk_norm: bool
-    query_norm: bool
+    query_norm: bool | str
+    exploring: Exploring
+    sink: nn.Parameter | None
     key_init_std: float
     deterministic: bool
     _key_link: KeyLink | None
@@ -50,7 +57,8 @@ class FindsSlots(nn.Module):
         Raises:
             InvalidRequest: Groups or probes that do not fit the table or top-k.
         """
-        self.search = options.module(self.table.num_slots, topk=self.topk, qk_norm=self.qk_norm, made=made)
+        most = self.exploring.sample_from or self.topk
+        self.search = options.module(self.table.num_slots, topk=most, qk_norm=self.qk_norm, made=made)
         self.half_keys = nn.Parameter(torch.empty(options.shape, **made)) if options.kind == "product" else None
 
     @property
@@ -59,11 +67,13 @@ class FindsSlots(nn.Module):
         return self.scoring_keys() if self.half_keys is None else self.half_keys
 
     def reset_parameters(self) -> None:
-        """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
+        """Draw new keys; the sink is 0. ``query``, ``gate``, ``out`` have ``reset_parameters`` too; the table stays."""
         if isinstance(self.search, (HierarchicalKeys, TuckerKeys)):
             self.search.draw(self.key_init_std)
         elif self.half_keys is not None:
             nn.init.normal_(self.half_keys, std=self.key_init_std)
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
 
     def scoring_queries(self, x: Tensor) -> Tensor:
         """The queries as they are scored, norms and scale included.
@@ -89,7 +99,7 @@ class FindsSlots(nn.Module):
         if self.qk_norm:
             parts = [unit_rms(part) for part in queries.chunk(self.ways, dim=-1)]
             return torch.cat(parts, dim=-1) / math.sqrt(self.key_dim)
-        return unit_rms(queries) if self.query_norm else queries
+        return unit_rms(queries) if self.query_norm in (True, "rms") else queries
 
     def scoring_keys(self) -> Tensor:
         """The keys as they are scored, float32, normalised with qk_norm.
@@ -105,6 +115,31 @@ class FindsSlots(nn.Module):
             return self.table.read_keys()
         keys = self.half_keys.float()
         return unit_rms(keys) if self.qk_norm else keys
+
+    @property
+    def count_usage(self) -> bool:
+        """Whether it is counted which slots each head chooses."""
+        return self._link.counts is not None
+
+    @count_usage.setter
+    def count_usage(self, count_usage: bool) -> None:
+        if count_usage != self.count_usage:
+            self._link.counts = HeadCounts(self.heads, self.table.num_slots) if count_usage else None
+
+    def usage(self) -> LayerUsage:
+        """How the layer has used its table since ``count_usage`` was set, in this process: by head, and together.
+
+        The table's own counts (``Table.usage``), of a table that has them, are of all layers and processes.
+
+        Raises:
+            InvalidRequest: Nothing is counted.
+        """
+        if self._link.counts is None:
+            raise InvalidRequest(
+                f"this layer of table {self.table.name!r} does not count which slots its heads choose: set "
+                "layer.count_usage = True, and train"
+            )
+        return self._link.counts.usage()
 
     def recall(self, x: Tensor) -> float:
         """The part of the true top-k that is found for some tokens, from 0 to 1, with the keys as they are.
@@ -124,20 +159,58 @@ class FindsSlots(nn.Module):
                 true = self.search.exact(queries, self.topk)
         return float((found[..., :, None] == true[..., None, :]).any(-1).double().mean())
 
+    def balance_loss(self, lookup: MemoryLookup) -> Tensor:
+        """How unequally keys were used, to be added to the loss, times 0.01 or so: 1 where all were picked alike.
+
+        Of product keys it is of half-keys, of hierarchical keys of groups, of flat keys in the pool of slots
+        (``mempool.nn.stable.balance``). Differentiable by the weights.
+
+        Args:
+            lookup: Of this layer and all tokens of a step: ``layer(x, return_lookup=True)[1]``.
+        """
+        if isinstance(self.search, HierarchicalKeys):
+            return balance_loss(lookup, [lookup.ids // self.search.group_size], self.search.group_keys.shape[0])
+        if not self.codebook_size:
+            return balance_loss(lookup, [lookup.ids], self.table.num_slots)
+        return balance_loss(lookup, parts_of(lookup.ids, self.ways, self.codebook_size), self.codebook_size)
+
     def _chosen(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast."""
+        """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast.
+
+        In training there are random slots behind them.
+        """
         queries = queries.reshape(-1, self.heads, self.key_dim)
+        candidates = self.exploring.sample_from if self.training else None
+        ids_BHK, scores_BHK = self._best(queries, candidates or self.topk)
+        if candidates is not None:
+            scores_BHK, ids_BHK = sampled(scores_BHK, ids_BHK, self.topk)
+        if self.training and self.exploring.random_slots:
+            others = other_slots(ids_BHK, self.exploring.random_slots, self.table.num_slots)
+            ids_BHK = torch.cat([ids_BHK, others], dim=-1)
+            scores_BHK = torch.cat([scores_BHK, self._scores_of(queries, others)], dim=-1)
+        return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores, self.sink)
+
+    def _best(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """Ids and scores [B, heads, topk] of [B, heads, key_dim]."""
         if self._key_link is not None:
-            ids_BHK, scores_BHK = self._key_link.chosen(queries, self.topk, anchor=self.pool_keys)
-        elif self.search is not None:
-            scores_BHK, ids_BHK = self.search(queries, self.topk, deterministic=self.deterministic)
-        else:
-            scores_BHK, ids_BHK = product_topk(
-                queries,
-                self.scoring_keys(),
-                topk=self.topk,
-                stride=self.codebook_size,
-                deterministic=self.deterministic,
-                num_slots=self.table.num_slots,
-            )
-        return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)
+            return self._key_link.chosen(queries, topk, anchor=self.pool_keys)
+        if self.search is not None:
+            scores_BHK, ids_BHK = self.search(queries, topk, deterministic=self.deterministic)
+            return ids_BHK, scores_BHK
+        keys = self.scoring_keys()
+        if self.training and self.exploring.key_dropout:
+            queries, keys = with_dropped_keys(queries, keys, self.exploring.key_dropout)
+        scores_BHK, ids_BHK = product_topk(
+            queries,
+            keys,
+            topk=topk,
+            stride=self.codebook_size,
+            deterministic=self.deterministic,
+            num_slots=self.table.num_slots,
+        )
+        return ids_BHK, scores_BHK
+
+    def _scores_of(self, queries: Tensor, ids_BHK: Tensor) -> Tensor:
+        if isinstance(self.search, (HierarchicalKeys, TuckerKeys)):
+            return self.search.scores_of(queries, ids_BHK)
+        return product_scores(queries, self.scoring_keys(), ids_BHK)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
-from mempool.nn.keys.dots import dots_gradient
+from mempool.nn.keys.dots import dots, dots_gradient
 from mempool.nn.keys.product import alias, best_keys, some_of
 from mempool.nn.scoring import unit_rms
 
@@ -94,6 +94,13 @@ class HierarchicalKeys(nn.Module):
         )
         shape = (*queries_BHD.shape[:2], topk)
         return scores.view(shape), ids.view(shape)
+
+    def scores_of(self, queries_BHD: Tensor, ids_BHK: Tensor) -> Tensor:
+        """Scores [B, H, K] float32 of any slots, differentiable in queries and all keys."""
+        group_keys, slot_keys = self.scored_keys()
+        queries, ids = queries_BHD.flatten(0, 1), ids_BHK.flatten(0, 1)
+        found = dots(queries, slot_keys, ids) + dots(queries, group_keys, ids // self.group_size)
+        return found.view(ids_BHK.shape)
 
     @torch.no_grad()
     def exact(self, queries_BHD: Tensor, topk: int) -> Tensor:

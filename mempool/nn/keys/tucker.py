@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
-from mempool.nn.keys.dots import dots
+from mempool.nn.keys.dots import dots, parts_of
 from mempool.nn.keys.product import Found, Range, alias, best_keys, best_of, boxes, some_of
 from mempool.nn.scoring import unit_rms
 
@@ -94,9 +94,12 @@ class TuckerKeys(nn.Module):
         index: Tensor = torch.ops.mempool.tucker_choice(
             queries_BHD.detach(), keys.detach(), core.detach(), self.num_slots, self.probes, topk, deterministic
         )
-        rows, columns = _parts(queries_BHD, keys, core.shape[-1], index).unbind(2)
-        scores = (_weighed(rows, core) * columns).sum(2)
-        return scores, index[0] * keys.shape[2] + index[1]
+        return _scores(queries_BHD, keys, core, index), index[0] * keys.shape[2] + index[1]
+
+    def scores_of(self, queries_BHD: Tensor, ids_BHK: Tensor) -> Tensor:
+        """Scores [B, H, K] float32 of any slots, differentiable in queries, keys and core."""
+        keys = self.scored_keys()
+        return _scores(queries_BHD, keys, self.core.float(), torch.stack(parts_of(ids_BHK, 2, keys.shape[2])))
 
     @torch.no_grad()
     def exact(self, queries_BHD: Tensor, topk: int) -> Tensor:
@@ -127,6 +130,11 @@ class TuckerKeys(nn.Module):
 
     def extra_repr(self) -> str:
         return f"half_keys={list(self.half_keys.shape)}, rank={self.core.shape[-1]}, probes={self.probes}"
+
+
+def _scores(queries_BHD: Tensor, keys_H2ND: Tensor, core_HRR: Tensor, index_2BHK: Tensor) -> Tensor:
+    rows, columns = _parts(queries_BHD, keys_H2ND, core_HRR.shape[-1], index_2BHK).unbind(2)
+    return (_weighed(rows, core_HRR) * columns).sum(2)
 
 
 def _parts(queries_BHD: Tensor, keys_H2ND: Tensor, rank: int, index_2BHK: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ class Changes:
             self._tenancy.log.add(Attached(request))
         return table
 
+    def prepare_fork(self, request: AttachTable) -> bool:
+        """Before the moment: a piece of what its table has that cannot be shared yet. Returns whether all can."""
+        table = self._tenancy.tables.get(request.view.schema.table_id)
+        return table is None or table.forked is None or self.fill(table)
+
     def _fork(self, request: AttachTable) -> HostedTable:
         forked = take_fork(self._tenancy, request)
         if forked is not None:

@@ -213,6 +213,7 @@ def _as_request(held: Held) -> UpdateRequest:
         ids=bags.ids.view(torch.uint32) if bags.ids.dtype == torch.int32 else bags.ids,  # as ids travel
         weights=bags.weights,
         offsets=bags.offsets,
+        input_dim=held.update.input_dim,
     )
 
 
@@ -220,7 +221,8 @@ def _as_held(request: UpdateRequest) -> Held:
     if request.ids is None or request.offsets is None:
         raise InvalidRequest("an update that is held has ids and offsets")
     bags = Bags(ids=request.ids, weights=request.weights, offsets=request.offsets)
-    return Held(request.envelope.table_id, request.step_id, request.sequence, HeldUpdate(bags, request.grads))
+    update = HeldUpdate(bags, request.grads, input_dim=request.input_dim)
+    return Held(request.envelope.table_id, request.step_id, request.sequence, update)
 
 
 def _step_at(table_id: int, step_id: StepId) -> bytes:

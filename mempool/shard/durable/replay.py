@@ -47,6 +47,7 @@ from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.held import HeldUpdate, PreparedStep
 from mempool.shard.steps.optimizers import kernel_needs
 from mempool.shard.tenancy import Tenancy
+from mempool.shard.usage.renewal import written
 from mempool.types import PrepareRequest, StepId
 from mempool.types.bags import Bags
 
@@ -201,7 +202,8 @@ class _Replay:
         bags = record.update.bags
         weights = None if bags.weights is None else bags.weights.to(device)
         held = Bags(ids=bags.ids.to(device, table.storage.id_dtype), weights=weights, offsets=bags.offsets.to(device))
-        table.updates.hold(step_id, record.sequence, HeldUpdate(held, record.update.grads.to(device)))
+        update = HeldUpdate(held, record.update.grads.to(device), input_dim=record.update.input_dim)
+        table.updates.hold(step_id, record.sequence, update)
 
     def _prepare(self, request: PrepareRequest) -> None:
         for part in request.parts:
@@ -266,7 +268,7 @@ class _Replay:
         storage = self._table(request.envelope.table_id).storage
         ids = validate.check_array(storage, request.array, request.ids)
         rows = validate.check_rows(storage, request.array, ids, request.blocks, request.rows)
-        storage.write(request.array, ids, rows)
+        written(storage, request, ids, rows)
 
     def _count(self, record: Counted) -> None:
         request = record.request

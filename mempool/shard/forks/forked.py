@@ -43,7 +43,7 @@ class ForkedPages:
         Raises:
             InvalidRequest: There is not so much memory. Nothing was changed.
         """
-        while share(self._base, _PIECE_BYTES):  # what has come since
+        while share(self._base, _PIECE_BYTES):  # in replay: else the pieces before have left nothing, and none comes
             pass
         begin_as(self._storage, self._base, self._placement)
         self._taken = True

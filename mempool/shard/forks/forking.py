@@ -77,11 +77,11 @@ def base_of(tenancy: Tenancy, request: AttachTable) -> HostedTable | None:
     base.check_whole()
     ours, theirs = request.view.schema, base.view.schema
     geometry = [(one.num_slots, one.value_dim, one.dtype, one.block_dim, one.page_slots) for one in (ours, theirs)]
-    state = replace(ours.optimizer, lr=theirs.optimizer.lr) == theirs.optimizer
+    state = replace(ours.optimizer, lr=theirs.optimizer.lr) == theirs.optimizer and ours.usage == theirs.usage
     if geometry[0] != geometry[1] or ours.keys != theirs.keys or ours.master != theirs.master or not state:
         raise InvalidRequest(
             f"table {ours.name!r} has other pages than table {theirs.name!r}, of which it is to be a fork: slots, "
-            "columns, dtype, keys, optimizer, block_dim and page_slots must be the same. Nothing was changed."
+            "columns, dtype, keys, optimizer, usage, block_dim and page_slots must be the same. Nothing was changed."
         )
     return base
 

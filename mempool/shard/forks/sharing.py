@@ -52,6 +52,7 @@ class SharedFile:
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("mempool-table", os.MFD_CLOEXEC)
+        self._pid = os.getpid()
         self.num_bytes = 0
         self.borrowed: list[Borrowed] = []
         self.kept = True
@@ -120,7 +121,10 @@ class SharedFile:
         return max(0, self._needed_bytes - borrowed.shared_bytes)
 
     def _punch(self, first: int, end: int) -> None:
-        """Zeros from now on for who has it, without memory; copies of their own stay the forks'."""
+        """Zeros from now on for who has it, without memory; copies of their own stay the forks'. Nothing in a process
+        that this one has forked: it is the same file, and all of it is needed here."""
+        if os.getpid() != self._pid:
+            return
         if first < end and libc().fallocate(self._fd, _KEEP_SIZE | _PUNCH_HOLE, first, end - first) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 

@@ -27,6 +27,8 @@ VALUES = "values"
 SCALES = f"{VALUES}.scales"
 MASTER = f"{VALUES}.{kernels.MASTER}"
 LAST_STEP = f"{VALUES}.{kernels.LAST_STEP}"
+USES = f"{VALUES}.uses"
+LAST_USE = f"{VALUES}.last_use"
 KEYS = "keys"
 HEAD_KEYS = "head_keys"
 
@@ -44,9 +46,10 @@ class NamedArray:
     """One array of the rows of an arena.
 
     Attributes:
-        per: "element": as wide as the values; "block": one column per block; "slot": ``key_dim`` columns, kept with
-            block 0 only.
+        per: "element": as wide as the values; "block": one column per block; "slot": ``columns``, kept with block 0
+            only.
         initial: What a new row holds; None: drawn from the generator.
+        columns: Of an array per slot.
     """
 
     name: str
@@ -54,13 +57,14 @@ class NamedArray:
     dtype: torch.dtype
     initial: float | None
     schema: TableSchema
+    columns: int = 0
 
     def width(self, blocks: Blocks) -> int:
         """Columns of these blocks together."""
         if self.per == "block":
             return len(blocks)
         if self.per == "slot":
-            return key_dim(self.schema) if blocks[:1] == (0,) else 0
+            return self.columns if blocks[:1] == (0,) else 0
         return self.schema.width(blocks)
 
     def places(self, blocks: Blocks, among: Blocks) -> Columns:
@@ -103,8 +107,16 @@ def named_arrays(schema: TableSchema) -> tuple[NamedArray, ...]:
         )
         for state in state_arrays(schema.optimizer)
     ]
+    if schema.usage:
+        arrays += [
+            NamedArray(name=name, per="slot", dtype=torch.int64, initial=0, schema=schema, columns=1)
+            for name in (USES, LAST_USE)
+        ]
     if isinstance(schema.keys, FlatKeySpec):
-        arrays.append(NamedArray(name=KEYS, per="slot", dtype=torch.float32, initial=None, schema=schema))
+        width = key_dim(schema)
+        arrays.append(
+            NamedArray(name=KEYS, per="slot", dtype=torch.float32, initial=None, schema=schema, columns=width)
+        )
     return tuple(arrays)
 
 

@@ -85,7 +85,7 @@ class Staging:
 
     def reserve(self, row_pages: RowPages, blocks: Blocks) -> None:
         """Make room for row pages that are to come in batches. Raises InvalidRequest where there is none."""
-        self._table.on_change()
+        self._table.on_change("its pages move")
         new = self._new(row_pages, blocks)
         if len(new):
             self._table.arena(blocks).reserve(len(new))

@@ -76,7 +76,7 @@ class Storage:
         heads, head_keys: The heads whose product keys are here, ascending, and [H, 2, n, key_dim / 2] float32.
         shared_head_keys: Somebody keeps them as they are: they are copied before they are written to.
         head_key_writes: How often they were written to; keys_mark: a checkpoint that counts, and that at its moment.
-        on_change: Called before pages come or go.
+        on_change: Called before pages come or go, with the reason, in words.
         moments: Versions of it that are read.
         crowded: Whether so much is copied for a checkpoint that no further step may be begun for now.
         step_names: The arrays that a step of the optimizer changes besides the values.
@@ -133,7 +133,7 @@ class Storage:
         self.shared_head_keys = False
         self.head_key_writes = 0
         self.keys_mark: tuple[str, int] | None = None
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[str], None] = lambda _: None
         self.crowded: Callable[[], bool] = lambda: False
         self.all_caught_up_to: int | None = None
         self.moments = Moments(self, keeper)
@@ -142,7 +142,7 @@ class Storage:
 
     def own(self, placement: Placement) -> None:
         """Take over what a placement says. The arenas must fit it already, but for what is lost."""
-        self.on_change()
+        self.on_change("its pages move")
         self.all_caught_up_to = None
         self.moments.end("its pages have moved; what was pinned before does not go with them")
         self.owned = placement.owners == self.shard
@@ -161,7 +161,7 @@ class Storage:
 
     def lose_all(self) -> None:
         """Everything owned is gone, its storage too."""
-        self.on_change()
+        self.on_change("its pages were lost")
         self.moments.end("its pages were lost")
         self.lost, self.key_lost = self.owned.copy(), self.key_owned.copy()
         self.close()

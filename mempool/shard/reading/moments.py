@@ -73,14 +73,14 @@ class Moments:
         self._follow()
         return moment
 
-    def attach(self, token: str, *, version: int, name: str, ends_s: float) -> Moment:
+    def attach(self, token: str, *, version: int, name: str, ends_s: float, beside: int | None) -> Moment:
         """See ``Pins.attach``."""
         serial = self.keeper.next_serial()
-        return self.pins.attach(token, serial=serial, version=version, name=name, ends_s=ends_s)
+        return self.pins.attach(token, serial=serial, version=version, name=name, ends_s=ends_s, beside=beside)
 
-    def settle(self, token: str, version: int, *, ends_s: float) -> Moment:
+    def settle(self, token: str, version: int, *, ends_s: float, beside: int | None) -> Moment:
         """See ``Pins.settle``."""
-        moment = self.pins.settle(token, version, ends_s=ends_s)
+        moment = self.pins.settle(token, version, ends_s=ends_s, beside=beside)
         self._follow()
         return moment
 

@@ -75,6 +75,7 @@ def answered_pin(table: HostedTable, request: PinRequest, *, now_s: float) -> Pi
     bounds.check_token(request.pin)
     bounds.check_token(request.name)
     bounds.check_number("version", request.version)
+    bounds.check_number("beside", request.beside or 0)
     nobody = not request.pin and not (request.do == "release" and request.name)
     if nobody or not 0.0 <= request.lease_s <= _LONGEST_LEASE_S:
         raise InvalidRequest(
@@ -90,9 +91,11 @@ def answered_pin(table: HostedTable, request: PinRequest, *, now_s: float) -> Pi
         version = table.ledger.version
         moment = moments.arm(request.pin, version=version, name=request.name, ends_s=ends_s)
     elif request.do == "attach":
-        moment = moments.attach(request.pin, version=request.version, name=request.name, ends_s=ends_s)
+        moment = moments.attach(
+            request.pin, version=request.version, name=request.name, ends_s=ends_s, beside=request.beside
+        )
     elif request.do == "settle":
-        moment = moments.settle(request.pin, request.version, ends_s=ends_s)
+        moment = moments.settle(request.pin, request.version, ends_s=ends_s, beside=request.beside)
     else:
         moment = moments.pins.renew(request.pin, ends_s=ends_s, keep=bool(request.name))
     return PinReply(stamp=table.stamp, version=moment.version)

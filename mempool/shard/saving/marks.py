@@ -227,7 +227,7 @@ class Saving:
         if len(self._marks) == 1:  # what was before says nothing of who uses it now
             self._looked, self._used_s = (self.clock(), self.busy_s() - self._read_s), -math.inf
         table.storage.crowded = self.crowded
-        table.storage.on_change = partial(self._end, request.table_id, "its pages move")
+        table.storage.on_change = partial(self._end, request.table_id)
 
     def _release(self, request: ReleaseMark) -> None:
         found = self._marks.get(request.table_id)
@@ -370,7 +370,7 @@ class Saving:
             return False
 
 
-def _nothing() -> None:
+def _nothing(_: str) -> None:
     pass
 
 

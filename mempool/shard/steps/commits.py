@@ -32,6 +32,7 @@ from mempool.shard.steps.held import (
 )
 from mempool.shard.steps.optimizers import optimizer_step, rounding
 from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
+from mempool.shard.usage.counting import Uses, held_twice
 from mempool.types import DecidedStep, ShardInfo, StepId
 from mempool.types.norms import joined_norm
 
@@ -144,14 +145,15 @@ def apply(
     sequences = prepared.sequences if prepared is not None else tuple(sorted(decided.sequences))
     held = _held(updates, step_id, sequences)
     step = optimizer_step(table.schema, lr=decided.lr, grad_scale=decided.grad_scale, number=ledger.step + 1)
+    write_to = partial(_Write, table, step=step, version=ledger.version + 1, twice=held_twice(table, held))
     if prepared is not None and prepared.reductions is not None:
-        writes: Iterable[Callable[[], None]] = _writes_of_sums(table, prepared.reductions, step)
+        writes: Iterable[Callable[[], None]] = _writes_of_sums(prepared.reductions, write_to)
     elif prepared is not None and prepared.sorted is not None:
-        writes = _writes_in_order(table, prepared.sorted, step)
+        writes = _writes_in_order(prepared.sorted, write_to)
     elif pairs_bytes(table, held) <= updates.budget.commit_room:
-        writes = _writes_in_order(table, _in_order(table, held) if held else (), step)
+        writes = _writes_in_order(_in_order(table, held) if held else (), write_to)
     else:
-        writes = _writes_of_sums(table, reduce_in_smaller_parts(table, held, updates.budget.commit_room), step)
+        writes = _writes_of_sums(reduce_in_smaller_parts(table, held, updates.budget.commit_room), write_to)
     begun = 0
     try:
         for write in writes:  # which sums what it writes
@@ -253,12 +255,11 @@ def _row_parts(pairs: SortedPairs, num_rows: int) -> Iterator[SortedPairs]:
 
 
 def _writes_of_sums(
-    table: Storage, reductions: Iterable[Reduction], step: OptimizerStep
+    reductions: Iterable[Reduction], write_to: "Callable[[Lane], _Write]"
 ) -> Iterator[Callable[[], None]]:
     """Per reduction, the call that applies it."""
     for reduction in reductions:
-        write = _Write(table, reduction.lane, step)
-        yield partial(write.sums, reduction.pairs, reduction.sums)
+        yield partial(write_to(reduction.lane).sums, reduction)
 
 
 def _in_order(table: Storage, held: list[HeldUpdate]) -> tuple[InOrder, ...]:
@@ -285,47 +286,55 @@ def _sorted(table: Storage, held: list[HeldUpdate], budget: Budget) -> tuple[InO
     return parts if sum(part.num_bytes for part in parts) <= budget.kept_room else None
 
 
-def _writes_in_order(table: Storage, parts: Iterable[InOrder], step: OptimizerStep) -> list[Callable[[], None]]:
+def _writes_in_order(parts: Iterable[InOrder], write_to: "Callable[[Lane], _Write]") -> list[Callable[[], None]]:
     """Per arena, the call that sums and applies in one pass."""
     return [
-        partial(_Write(table, part.lane, step).pairs, part.in_order, part.pairs, part.lane.of(part.pairs.grads))
-        for part in parts
+        partial(write_to(part.lane).pairs, part.in_order, part.pairs, part.lane.of(part.pairs.grads)) for part in parts
     ]
 
 
 class _Write:
-    """Applies a step to rows of one arena."""
+    """Applies a step, which makes that version, to rows of one arena. twice: As of ``Uses.of``."""
 
-    def __init__(self, table: Storage, lane: Lane, step: OptimizerStep) -> None:
+    def __init__(
+        self, table: Storage, lane: Lane, *, step: OptimizerStep, version: int, twice: Sequence[Tensor]
+    ) -> None:
         arena = lane.arena
         rounded = rounding(table.schema, arena.blocks, number=step.step, device=table.device)
         self._table = table
         self._arena = arena
         self._step = step if rounded is None else replace(step, rounding=rounded)
+        self._version = version
+        self._twice = twice
 
-    def sums(self, pairs: SortedPairs, sums: Tensor) -> None:
-        """Apply sums; pairs: their rows."""
+    def sums(self, reduction: Reduction) -> None:
+        """Apply sums."""
+        pairs = reduction.pairs
         paged, state = self._before(pairs)
+        uses = Uses.of(self._arena, pairs, more=reduction.more, twice=self._twice)
         with self._arena.writing(pairs.rows):
-            kernels.optimizer_step(paged, state, pairs, sums, self._step)
-            self._after(pairs)
+            kernels.optimizer_step(paged, state, pairs, reduction.sums, self._step)
+            self._after(pairs, uses)
 
     def pairs(self, in_order: SortedPairs, pairs: Pairs, grads: Tensor) -> None:
         """Sum and apply; grads: the arena's columns."""
         paged, state = self._before(in_order)
+        uses = Uses.of(self._arena, in_order, twice=self._twice)
         with self._arena.writing(in_order.rows):
             kernels.fused_step(paged, state, in_order, pairs.weights, pairs.bags, grads, self._step)
-            self._after(in_order)
+            self._after(in_order, uses)
 
     def _before(self, pairs: SortedPairs) -> tuple[kernels.Paged, dict[str, Tensor]]:
         if self._table.schedule is not None:
             self._arena.catch_up(pairs.rows, self._table.schedule, self._table.step_names)
         return self._arena.paged(), self._arena.state(self._table.step_names)
 
-    def _after(self, pairs: SortedPairs) -> None:
+    def _after(self, pairs: SortedPairs, uses: Uses | None) -> None:
         if self._table.schedule is not None:
             version = self._table.schedule.last_step + 1  # recorded when all rows are written
             self._arena.state((kernels.LAST_STEP,))[kernels.LAST_STEP][pairs.rows] = version
+        if uses is not None:
+            uses.count(self._version)
 
 
 def refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:

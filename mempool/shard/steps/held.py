@@ -30,14 +30,16 @@ KEPT_BYTES = 5 * TENSOR_BYTES
 class HeldUpdate:
     """One lookup's ids and weights with the gradient of its pooled values, [B, W] float32; written by nobody else.
 
+    input_dim: Of experts, how wide u is: their pairs are here twice, first those that train u. 0: they are no experts.
     num_bytes: What it costs to hold it.
     """
 
-    __slots__ = ("bags", "grads", "num_bytes")
+    __slots__ = ("bags", "grads", "input_dim", "num_bytes")
 
-    def __init__(self, bags: Bags, grads: Tensor) -> None:
+    def __init__(self, bags: Bags, grads: Tensor, *, input_dim: int = 0) -> None:
         self.bags = bags
         self.grads = grads
+        self.input_dim = input_dim
         self.num_bytes = ENTRY_BYTES + tensors_bytes((bags.ids, bags.weights, bags.offsets, grads))
 
 
@@ -57,12 +59,14 @@ class Reduction:
 
     Attributes:
         reached: Of a step in parts: the lane's number, and the slot that the parts up to this one reach to.
+        more: Of a slot that is summed in parts by itself: its pairs that ``pairs`` does not have.
     """
 
     lane: Lane
     pairs: SortedPairs
     sums: Tensor
     reached: tuple[int, int] = (0, 0)
+    more: int = 0
 
     @classmethod
     def of(cls, lane: Lane, pairs: SortedPairs, sums: Tensor, *, reached: tuple[int, int] = (0, 0)) -> "Reduction":

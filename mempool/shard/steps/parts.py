@@ -6,6 +6,7 @@ of its own, summed in parts that end where pieces of ``kernels.segment_sum`` end
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -73,7 +74,9 @@ def reduce_in_parts(
             parts = _parts(updates, first, end, num_pairs=max_pairs, scanned=scanned)
             reduction = _summed(lane, _joined(lane, next(parts)), reached=(number, end))
             for part in parts:  # there are more where the range is one slot
-                _add(lane, _joined(lane, part), reduction.sums)
+                pairs = _joined(lane, part)
+                _add(lane, pairs, reduction.sums)
+                reduction = replace(reduction, more=reduction.more + pairs.ids.shape[0])
             yield reduction
 
 

@@ -58,6 +58,7 @@ def key_table(schema: TableSchema) -> TableSchema | None:
         keys=OwnKeySpec(sections=sections, rows=rows),
         rounding="nearest",
         master=False,
+        usage=False,
     )
     page_slots = default_page_slots(made)
     if sections > 1:

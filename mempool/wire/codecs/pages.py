@@ -111,6 +111,7 @@ class AttachView:
     source: TableSource | None = None
     fork: ForkPoint | None = None
     known: KnownView | None = None
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

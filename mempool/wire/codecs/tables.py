@@ -158,6 +158,7 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
         optimizer=optimizer_message(value.optimizer),
         rounding=_ROUNDINGS[value.rounding],
         master=value.master,
+        usage=value.usage,
     )
     if isinstance(value.keys, ProductKeySpec):
         product = table_pb2.ProductKeySpec(
@@ -221,6 +222,7 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
         keys=keys,
         rounding=rounding,
         master=message.master,
+        usage=message.usage,
     )
     check_schema(schema)
     return schema

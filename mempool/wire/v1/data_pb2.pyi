@@ -35,7 +35,7 @@ silent for longer than the lease loses it: what it prepared and nobody decided i
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Pin and OpenLine, on TCP connections of a port of
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Usage, Pin and OpenLine, on TCP connections of a port of
 their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
 gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
 "mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
@@ -1325,7 +1325,8 @@ class ReadRowsRequest(_message.Message):
     array: _builtins.str
     """"values", "keys", or what belongs to a trainable array, named "<array>.<what>": optimizer state by torch's names
     ("values.sum", "values.exp_avg"), "values.master" (float32 values of a table that keeps them), "values.scales" (of
-    values of one byte an element), "values.last_step" (of a dense optimizer).
+    values of one byte an element), "values.last_step" (of a dense optimizer); of a table that counts them "values.uses"
+    and "values.last_use" (the table version that the last one made, 0 for none), int64.
     """
     pin: _builtins.str
     """A pin that is settled here: rows of its version, "values", "values.scales" or "keys". "": of the newest."""
@@ -1368,12 +1369,14 @@ class ReadRowsReply(_message.Message):
 
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The column blocks that `rows` has, ascending: those this shard answers for; 0 for flat keys; none for product keys."""
+        """The column blocks that `rows` has, ascending: those this shard answers for; 0 for flat keys and counts of use; none
+        for product keys.
+        """
 
     @_builtins.property
     def rows(self) -> _tensor_pb2.Tensor:
         """[M, W] in the array's dtype (values of one byte an element: float32), zeros where this shard does not own (slot, block).
-        W: the columns of `blocks` for arrays with an element per column, one column per block for row-wise state, key_dim for flat keys, n * key_dim for product
+        W: the columns of `blocks` for arrays with an element per column, one column per block for row-wise state, one for counts of use, key_dim for flat keys, n * key_dim for product
         keys (the head's two codebooks [2, n, key_dim / 2], flattened).
         """
 
@@ -1402,12 +1405,15 @@ class WriteRowsRequest(_message.Message):
     ARRAY_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     WRITE_ID_FIELD_NUMBER: _builtins.int
+    FRESH_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
-    """As in ReadRows, but for "values.scales" and "values.last_step". Values and their master are written
+    """As in ReadRows, but for "values.scales", "values.last_step", "values.uses" and "values.last_use". Values and their master are written
     together: the stored values are rounded to nearest, with new scales where there are any.
     """
+    fresh: _builtins.bool
+    """Of "values": as of slots that were never trained."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -1435,12 +1441,13 @@ class WriteRowsRequest(_message.Message):
         array: _builtins.str = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         write_id: Global___WriteId | None = ...,
+        fresh: _builtins.bool = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         rows: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "fresh", b"fresh", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1537,6 +1544,78 @@ class StepCountReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepCountReply: _TypeAlias = StepCountReply  # noqa: Y015
+
+@_typing.final
+class UsageRequest(_message.Message):
+    """Asks how often slots are used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    OLDER_THAN_FIELD_NUMBER: _builtins.int
+    older_than: _builtins.int
+    """Slots are outdated that were used, and by none of the steps that made the last so many versions. 0: none are."""
+    @_builtins.property
+    def envelope(self) -> Global___Envelope:
+        """The view."""
+
+    def __init__(
+        self,
+        *,
+        envelope: Global___Envelope | None = ...,
+        older_than: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "older_than", b"older_than"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageRequest: _TypeAlias = UsageRequest  # noqa: Y015
+
+@_typing.final
+class UsageReply(_message.Message):
+    """How often the slots are used whose block 0 this shard owns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAMP_FIELD_NUMBER: _builtins.int
+    OUTDATED_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    LOG_SUM_FIELD_NUMBER: _builtins.int
+    HISTOGRAM_FIELD_NUMBER: _builtins.int
+    outdated: _builtins.int
+    """How many slots are outdated."""
+    most: _builtins.int
+    """The highest count."""
+    log_sum: _builtins.float
+    """Sum over the slots of count * ln(count)."""
+    @_builtins.property
+    def stamp(self) -> Global___Stamp:
+        """Who answered; the version when it began."""
+
+    @_builtins.property
+    def histogram(self) -> _tensor_pb2.Tensor:
+        """[488, 2] int64: of each bin how many slots have such a count, and those counts together. Bins 0 to 15 are these very
+        counts; bin 16 + 8 * i + j has those from 2^(i + 1) * (8 + j) to below 2^(i + 1) * (9 + j).
+        """
+
+    def __init__(
+        self,
+        *,
+        stamp: Global___Stamp | None = ...,
+        outdated: _builtins.int = ...,
+        most: _builtins.int = ...,
+        log_sum: _builtins.float = ...,
+        histogram: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["histogram", b"histogram", "stamp", b"stamp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["histogram", b"histogram", "log_sum", b"log_sum", "most", b"most", "outdated", b"outdated", "stamp", b"stamp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageReply: _TypeAlias = UsageReply  # noqa: Y015
 
 @_typing.final
 class Terms(_message.Message):
@@ -2006,6 +2085,7 @@ class PinRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     do: Global___PinAction.ValueType
     """What becomes of it."""
     pin: _builtins.str
@@ -2018,6 +2098,10 @@ class PinRequest(_message.Message):
     """
     lease_s: _builtins.float
     """Seconds after which it is over unless it is renewed, at most 600."""
+    beside: _builtins.int
+    """Of the table of a table's keys: a version of that table. To settle: these are its keys at that version. To attach, in place
+    of version: what was settled so.
+    """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -2031,12 +2115,15 @@ class PinRequest(_message.Message):
         version: _builtins.int = ...,
         name: _builtins.str = ...,
         lease_s: _builtins.float = ...,
+        beside: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beside", b"_beside", "beside", b"beside", "envelope", b"envelope"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["do", b"do", "envelope", b"envelope", "lease_s", b"lease_s", "name", b"name", "pin", b"pin", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beside", b"_beside", "beside", b"beside", "do", b"do", "envelope", b"envelope", "lease_s", b"lease_s", "name", b"name", "pin", b"pin", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__beside: _TypeAlias = _typing.Literal["beside"]  # noqa: Y015
+    _WhichOneofArgType__beside: _TypeAlias = _typing.Literal["_beside", b"_beside"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beside) -> _WhichOneofReturnType__beside | None: ...
 
 Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
 

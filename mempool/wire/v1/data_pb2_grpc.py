@@ -90,6 +90,11 @@ class MemoryServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
                 _registered_method=True)
+        self.Usage = channel.unary_unary(
+                '/mempool.wire.v1.MemoryService/Usage',
+                request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.UsageRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.UsageReply.FromString,
+                _registered_method=True)
         self.Meet = channel.unary_unary(
                 '/mempool.wire.v1.MemoryService/Meet',
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.MeetRequest.SerializeToString,
@@ -230,6 +235,9 @@ class MemoryServiceServicer(object):
         """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
         the table version too. Where an id is repeated, the last one stays.
 
+        With `fresh` the optimizer's state and the counts of use of these rows begin anew too, in the same write.
+        ERROR_CODE_STEP_CONFLICT then while updates of any rank are held for the table, or a step is prepared.
+
         Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
         repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
         ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
@@ -245,6 +253,18 @@ class MemoryServiceServicer(object):
 
         Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
         a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Usage(self, request, context):
+        """How often the slots are used whose column block 0 this shard owns, of a table that counts it (TableSchema.usage): sums
+        and a histogram, which are added up over the owners of block 0. A use is a pair of a look-up whose update is part of a
+        committed step, and is counted with the step, once. "values.uses" and "values.last_use" (ReadRows) have it by slot.
+        Counted in pieces, other calls in between: where steps are committed meanwhile, some slots are counted before them.
+
+        Changes nothing. ERROR_CODE_INVALID_REQUEST for a table that counts nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -348,6 +368,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.StepCount,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.SerializeToString,
+            ),
+            'Usage': grpc.unary_unary_rpc_method_handler(
+                    servicer.Usage,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.UsageRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.UsageReply.SerializeToString,
             ),
             'Meet': grpc.unary_unary_rpc_method_handler(
                     servicer.Meet,
@@ -663,6 +688,33 @@ class MemoryService(object):
             '/mempool.wire.v1.MemoryService/StepCount',
             mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Usage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.MemoryService/Usage',
+            mempool_dot_wire_dot_v1_dot_data__pb2.UsageRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_data__pb2.UsageReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,7 +35,7 @@ silent for longer than the lease loses it: what it prepared and nobody decided i
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Pin and OpenLine, on TCP connections of a port of
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Usage, Pin and OpenLine, on TCP connections of a port of
 their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
 gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
 "mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
@@ -174,6 +174,9 @@ class MemoryServiceStub:
     """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
     the table version too. Where an id is repeated, the last one stays.
 
+    With `fresh` the optimizer's state and the counts of use of these rows begin anew too, in the same write.
+    ERROR_CODE_STEP_CONFLICT then while updates of any rank are held for the table, or a step is prepared.
+
     Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
     repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
     ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
@@ -185,6 +188,14 @@ class MemoryServiceStub:
 
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    """
+    Usage: _grpc.UnaryUnaryMultiCallable[_data_pb2.UsageRequest, _data_pb2.UsageReply]
+    """How often the slots are used whose column block 0 this shard owns, of a table that counts it (TableSchema.usage): sums
+    and a histogram, which are added up over the owners of block 0. A use is a pair of a look-up whose update is part of a
+    committed step, and is counted with the step, once. "values.uses" and "values.last_use" (ReadRows) have it by slot.
+    Counted in pieces, other calls in between: where steps are committed meanwhile, some slots are counted before them.
+
+    Changes nothing. ERROR_CODE_INVALID_REQUEST for a table that counts nothing.
     """
     Meet: _grpc.UnaryUnaryMultiCallable[_data_pb2.MeetRequest, _data_pb2.MeetReply]
     """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
@@ -304,6 +315,9 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
     the table version too. Where an id is repeated, the last one stays.
 
+    With `fresh` the optimizer's state and the counts of use of these rows begin anew too, in the same write.
+    ERROR_CODE_STEP_CONFLICT then while updates of any rank are held for the table, or a step is prepared.
+
     Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
     repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
     ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
@@ -315,6 +329,14 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    """
+    Usage: _aio.UnaryUnaryMultiCallable[_data_pb2.UsageRequest, _data_pb2.UsageReply]  # type: ignore[assignment]
+    """How often the slots are used whose column block 0 this shard owns, of a table that counts it (TableSchema.usage): sums
+    and a histogram, which are added up over the owners of block 0. A use is a pair of a look-up whose update is part of a
+    committed step, and is counted with the step, once. "values.uses" and "values.last_use" (ReadRows) have it by slot.
+    Counted in pieces, other calls in between: where steps are committed meanwhile, some slots are counted before them.
+
+    Changes nothing. ERROR_CODE_INVALID_REQUEST for a table that counts nothing.
     """
     Meet: _aio.UnaryUnaryMultiCallable[_data_pb2.MeetRequest, _data_pb2.MeetReply]  # type: ignore[assignment]
     """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
@@ -491,6 +513,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
         the table version too. Where an id is repeated, the last one stays.
 
+        With `fresh` the optimizer's state and the counts of use of these rows begin anew too, in the same write.
+        ERROR_CODE_STEP_CONFLICT then while updates of any rank are held for the table, or a step is prepared.
+
         Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
         repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
         ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
@@ -508,6 +533,20 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
         a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        """
+
+    @_abc_1.abstractmethod
+    def Usage(
+        self,
+        request: _data_pb2.UsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.UsageReply, _abc.Awaitable[_data_pb2.UsageReply]]:
+        """How often the slots are used whose column block 0 this shard owns, of a table that counts it (TableSchema.usage): sums
+        and a histogram, which are added up over the owners of block 0. A use is a pair of a look-up whose update is part of a
+        committed step, and is counted with the step, once. "values.uses" and "values.last_use" (ReadRows) have it by slot.
+        Counted in pieces, other calls in between: where steps are committed meanwhile, some slots are counted before them.
+
+        Changes nothing. ERROR_CODE_INVALID_REQUEST for a table that counts nothing.
         """
 
     @_abc_1.abstractmethod

@@ -249,6 +249,7 @@ class AttachTableRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     KNOWN_FIELD_NUMBER: _builtins.int
     FORK_FIELD_NUMBER: _builtins.int
+    ALSO_FIELD_NUMBER: _builtins.int
     mode: Global___AttachMode.ValueType
     """What about the pages."""
     pending: _builtins.bool
@@ -277,6 +278,10 @@ class AttachTableRequest(_message.Message):
     def fork(self) -> Global___ForkPoint:
         """Of ATTACH_MODE_FORK and ATTACH_MODE_FORKED alone."""
 
+    @_builtins.property
+    def also(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of ATTACH_MODE_CONFIRM alone: ids of tables that are confirmed with it, all of them or none. At most 8."""
+
     def __init__(
         self,
         *,
@@ -287,10 +292,11 @@ class AttachTableRequest(_message.Message):
         source: Global___TableSource | None = ...,
         known: _table_pb2.KnownView | None = ...,
         fork: Global___ForkPoint | None = ...,
+        also: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fork", b"fork", "known", b"known", "ledger", b"ledger", "source", b"source", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fork", b"fork", "known", b"known", "ledger", b"ledger", "mode", b"mode", "pending", b"pending", "source", b"source", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["also", b"also", "fork", b"fork", "known", b"known", "ledger", b"ledger", "mode", b"mode", "pending", b"pending", "source", b"source", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -395,6 +395,7 @@ class TableSchema(_message.Message):
     OWN_KEYS_FIELD_NUMBER: _builtins.int
     ROUNDING_FIELD_NUMBER: _builtins.int
     MASTER_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """Unique in the pool's life and never used again. Ignored in CreateTable: the pool gives it."""
     name: _builtins.str
@@ -423,6 +424,8 @@ class TableSchema(_message.Message):
     """How a step's results are rounded to dtype."""
     master: _builtins.bool
     """Keep float32 values (the array "values.master") beside the stored ones; steps are made on them."""
+    usage: _builtins.bool
+    """Count how often each slot is trained (the array "values.uses"), and keep when last ("values.last_use"): see Usage."""
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
         """What applies updates."""
@@ -464,10 +467,11 @@ class TableSchema(_message.Message):
         own_keys: Global___OwnKeySpec | None = ...,
         rounding: Global___Rounding.ValueType = ...,
         master: _builtins.bool = ...,
+        usage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["flat_keys", b"flat_keys", "keys", b"keys", "optimizer", b"optimizer", "own_keys", b"own_keys", "product_keys", b"product_keys", "trained_keys", b"trained_keys"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_dim", b"block_dim", "dtype", b"dtype", "flat_keys", b"flat_keys", "init_std", b"init_std", "keys", b"keys", "layout", b"layout", "master", b"master", "name", b"name", "num_slots", b"num_slots", "optimizer", b"optimizer", "own_keys", b"own_keys", "page_slots", b"page_slots", "product_keys", b"product_keys", "rounding", b"rounding", "seed", b"seed", "stride", b"stride", "table_id", b"table_id", "trained_keys", b"trained_keys", "value_dim", b"value_dim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_dim", b"block_dim", "dtype", b"dtype", "flat_keys", b"flat_keys", "init_std", b"init_std", "keys", b"keys", "layout", b"layout", "master", b"master", "name", b"name", "num_slots", b"num_slots", "optimizer", b"optimizer", "own_keys", b"own_keys", "page_slots", b"page_slots", "product_keys", b"product_keys", "rounding", b"rounding", "seed", b"seed", "stride", b"stride", "table_id", b"table_id", "trained_keys", b"trained_keys", "usage", b"usage", "value_dim", b"value_dim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_keys: _TypeAlias = _typing.Literal["product_keys", "flat_keys", "trained_keys", "own_keys"]  # noqa: Y015
     _WhichOneofArgType_keys: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015

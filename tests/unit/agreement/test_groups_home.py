@@ -1,5 +1,6 @@
 """The home of groups, event by event."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -270,6 +271,56 @@ def test_a_bounded_rank_waits_for_the_slowest() -> None:
     assert home.arrive(0, 4) is None
     home.ask(1, "leave")
     assert home.arrive(0, 4).answer == "arrived"  # type: ignore[union-attr]
+
+
+def test_a_job_whose_ranks_have_all_closed_their_pools_is_the_same_when_its_launcher_starts_it_again() -> None:
+    home = Home(2)
+    for rank in (0, 1):
+        home.ask(rank, "join", launcher="agent")
+    home.ask(0, step=7)
+    for rank in (0, 1):  # an error that all of them met
+        home.ask(rank, "leave")
+    reply = home.ask(1, "join", nonce=12, launcher="agent", restart=1)
+    assert reply is not None
+    assert (reply.answer, reply.step, reply.generation) == ("heard", 7, FIRST + 1)
+    reply = home.ask(0, "join", nonce=11, launcher="agent", restart=1)
+    assert reply is not None
+    assert (reply.answer, reply.step, reply.generation) == ("heard", 7, FIRST + 1)
+    for rank in (0, 1):
+        home.ask(rank, "leave", nonce=11 + rank)
+    assert home.ask(0, "join", nonce=21, launcher="another").step == 0  # type: ignore[union-attr]
+
+
+def test_groups_whose_ranks_are_dead_take_no_room_of_others() -> None:
+    home = Home(2)
+    parts = part(*range(MAX_BYTES // 8 // 3))
+    for number in range(3):
+        home.ask(0, "join", group=f"dead-{number}")
+        if number < 2:
+            home.arrive(0, 1, group=f"dead-{number}", parts=parts)
+    home.join(0, 1)
+    with pytest.raises(Overloaded, match="bytes at their home"):
+        home.arrive(0, 1, parts=parts)
+    home.now_s = LEASE_S + 1.0
+    home.ask(0), home.ask(1)
+    assert home.arrive(0, 1, parts=parts) is None
+    assert home.arrive(1, 1) is None
+
+
+def test_the_ranks_that_a_home_knows_are_bounded_too() -> None:
+    home, name, rank = Home(4096), "x" * 1000, 0
+
+    def known() -> bool:
+        with suppress(Overloaded):
+            home.ask(rank % 4096, "join", group=f"{rank // 4096}", host=name, launcher=name)
+            return True
+        return False
+
+    while known():
+        rank += 1
+    assert 4 * 2 * len(name) * rank <= MAX_BYTES < 10 * len(name) * rank
+    home.now_s = LEASE_S + 1.0
+    home.join(0, 1)
 
 
 def test_what_a_home_holds_is_bounded() -> None:

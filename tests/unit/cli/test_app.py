@@ -234,7 +234,7 @@ def test_nobody_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(force_terminal=True, width=120, record=True, highlight=False, markup=False)
-    monkeypatch.setattr(show, "_console", lambda: console)
+    monkeypatch.setattr(show, "screen", lambda: console)
     with show.rescale_progress() as (say, watch):
         say("rescaling: 1 -> 2 shards")
         watch(

@@ -28,6 +28,7 @@ COMMANDS = {
         "source",
     ],
     "rebalance": ["--address", "--dry-run", "--file", "--json", "--pool", "-f"],
+    "table": ["--address", "--file", "--json", "--older-than", "--pool", "-f", "name"],
     "checkpoints": ["--json", "--keep", "--remove", "place"],
     "inspect": ["--checkpoint", "--json", "place"],
     "verify": ["--checkpoint", "--json", "place"],

@@ -26,8 +26,8 @@ def machine(tmp_path: Path) -> Path:
 def test_json(command: Command, machine: Path) -> None:
     found = json.loads(command(*PAPER, "--machine", machine, "--json").stdout)
     assert list(found) == [
-        "table", "memory", "shards_needed", "shards", "hosts", "splits", "growth", "client", "host", "machine", "path",
-        "warnings",
+        "table", "keys", "memory", "shards_needed", "shards", "hosts", "splits", "growth", "client", "host", "machine",
+        "path", "warnings",
     ]  # fmt: skip
     assert list(found["table"]) == [
         "num_slots", "value_dim", "dtype", "optimizer", "layout", "block_dim", "page_slots", "tables", "parameters",
@@ -80,6 +80,24 @@ def test_more_and_more_shards(command: Command, machine: Path) -> None:
     assert json.loads(command("plan", "--width", 64, "--slots", 4096, "--json").stdout)["growth"] == []
 
 
+def test_keys_that_train_in_the_pool(command: Command) -> None:
+    line = ("plan", "--width", 64, "--slots", 128**2, "--heads", 2, "--key-dim", 32, "--json")
+    without, product = (json.loads(command(*line, *more).stdout) for more in ((), ("--keys", "product")))
+    assert without["keys"] is None
+    keys = product["keys"]
+    assert list(keys) == [
+        "keys", "width", "optimizer", "page_slots", "total_bytes", "largest_shard_bytes", "shards_asked",
+    ]  # fmt: skip
+    assert (keys["keys"], keys["width"], keys["optimizer"]) == (2 * 2 * 128, 16, "adamw")
+    assert product["memory"]["total_bytes"] == without["memory"]["total_bytes"] + keys["total_bytes"]
+    assert product["client"]["calls_a_step"] == without["client"]["calls_a_step"] + 3
+    assert product["client"]["bytes_a_step"] > without["client"]["bytes_a_step"]
+    flat = ("--keys", "flat", "--key-dim", 32, "--key-optimizer", "adagrad", "--heads", 1)
+    said = command(*line[:-1], *flat).stdout.splitlines()
+    assert said[1].endswith("of keys that train in the pool: 16,384 x 32 float32, adagrad; 4.0 MiB of them on a shard "
+                            "at most, 1 shard asked for scores")  # fmt: skip
+
+
 def test_an_optimizer_with_fields(command: Command) -> None:
     def total(optimizer: str) -> int:
         line = ("plan", "--width", 64, "--slots", 4096, "--optimizer", optimizer, "--json")
@@ -100,6 +118,9 @@ def test_an_optimizer_with_fields(command: Command) -> None:
         (["--optimizer", "sgd,momentum"], 2, "'momentum' is no FIELD=VALUE; write for example sgd,momentum=0.9"),
         (["--optimizer", "sgd,mass=1"], 1, "mass = 1.0 is not a known field"),
         (["--optimizer", "sgd,momentum=much"], 1, "momentum = 'much' is not a number"),
+        (["--keys", "tree"], 1, "TableConfig.keys.type = 'tree' must be one of 'product', 'flat'"),
+        (["--keys", "flat"], 1, "heads = 4, and the keys in the pool are of 1: give as many"),
+        (["--keys", "product", "--key-optimizer", "adam,lr"], 2, "--key-optimizer 'adam,lr': 'lr' is no FIELD=VALUE"),
         (["--dtype", "float16"], 1, "TableConfig.dtype = 'float16' must be"),
         (["--layout", "columns", "--block-dim", 32, "--shards", 4], 1, "spreads 2 blocks of columns over 2 shards at"),
         (["--host-memory", "3MiB", "--layout", "rows"], 1, "give each of 8 shards less than 1MiB"),

@@ -82,7 +82,7 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
                 {"pool": {"name": "p", "shards": 1}, "tables": [SMALL, {**SMALL, "x": 1}]}
             ),
             "ClusterConfig.tables[1].x = 1 is not a known field; known here: block_dim, dtype, init_std, keys, layout, "
-            "master, name, num_slots, optimizer, page_slots, rounding, seed, value_dim",
+            "master, name, num_slots, optimizer, page_slots, rounding, seed, usage, value_dim",
         ),
     ],
 )

@@ -13,12 +13,13 @@ import mempool
 from mempool import errors
 from mempool.config import resolve
 from mempool.controller import changes
-from mempool.controller.changes import differences, first_view
-from mempool.types import ShardInfo
+from mempool.controller.changes import first_view
+from mempool.controller.saving.alike import differences
+from mempool.types import ForkTable, ShardInfo, TableView
 from mempool.types.caller import Caller, calling, current_caller
 from mempool.wire.channels.loop import run
 
-from .bench import CALL_S, Bench, config, fail
+from .bench import CALL_S, Bench, config, fail, train
 
 SCHEMA = resolve(config())
 
@@ -342,5 +343,62 @@ def test_a_table_that_is_being_made_is_dropped_by_its_id() -> None:
             await bench.controller.drop_table("facts", table_id=creation.table_id)
             with pytest.raises(errors.NotFound, match="'facts' was dropped while it was being made"):
                 await making
+
+        on_loop(work)
+
+
+def test_a_fork_that_a_shard_does_not_get_ready_for_holds_up_no_other_change() -> None:
+    with Bench(2) as bench:
+        table = bench.pool.create_table(config())
+        bench.pool.create_table(config(name="other"))
+        train(table, 0)
+
+        async def begin() -> "tuple[Gate, asyncio.Task[TableView]]":
+            gate = bench.fleet.hosts[1].faults["attach_table"] = Gate()
+            forking = asyncio.create_task(bench.controller.fork(request))
+            await gate.reached.wait()
+            del bench.fleet.hosts[1].faults["attach_table"]
+            return gate, forking
+
+        async def end(gate: Gate, forking: "asyncio.Task[TableView]") -> TableView:
+            gate.open.set()
+            return await forking
+
+        request = ForkTable(table="facts", table_id=table.schema.table_id, name="fork")
+        gate, forking = run(begin(), timeout_s=CALL_S)
+        bench.pool.drop_table("other")
+        train(table, 1)
+        then = table.rows(list(range(600)))
+        run(end(gate, forking), timeout_s=CALL_S)
+        assert torch.equal(bench.pool.table("fork").rows(list(range(600))), then), (
+            "of the moment at which all are ready"
+        )
+
+        request = replace(request, name="late")
+        gate, forking = run(begin(), timeout_s=CALL_S)
+        bench.pool.rescale(3)
+        with pytest.raises(errors.ShardUnavailable, match=r"'facts' have moved, or .* while table 'late' was prepared"):
+            run(end(gate, forking), timeout_s=CALL_S)
+        names = {"facts", "fork"}
+        for host in bench.fleet.hosts.values():
+            assert {each.name for each in run(host.status(), timeout_s=CALL_S).tables} == names
+        assert torch.equal(table.fork("late").rows(list(range(600))), then)
+
+
+def test_a_table_that_is_dropped_while_a_fork_of_it_is_prepared_leaves_nothing() -> None:
+    with Bench(2) as bench:
+        table = bench.pool.create_table(config())
+
+        async def work() -> None:
+            gate = bench.fleet.hosts[1].faults["attach_table"] = Gate()
+            request = ForkTable(table="facts", table_id=table.schema.table_id, name="fork")
+            forking = asyncio.create_task(bench.controller.fork(request))
+            await gate.reached.wait()
+            await bench.controller.drop_table("facts")
+            gate.open.set()
+            with pytest.raises(errors.NotFound):
+                await forking
+            for host in bench.fleet.hosts.values():
+                assert (await host.status()).tables == ()
 
         on_loop(work)

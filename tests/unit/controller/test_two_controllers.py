@@ -3,16 +3,22 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import mempool
 from mempool import errors
 from mempool.config import resolve
-from mempool.controller import Controller
+from mempool.controller import Controller, telling
+from mempool.optim import SGD
+from mempool.types import AttachTable
 from mempool.types.pool import WAITS_FOR_SHARDS
 from mempool.wire.channels.loop import io_loop, run
 
@@ -23,6 +29,84 @@ EVERYTHING = torch.arange(600)
 
 def submit(coro: Coroutine[Any, Any, Any]) -> "Future[Any]":
     return asyncio.run_coroutine_threadsafe(coro, io_loop())
+
+
+class DiesHaving:
+    """A controller that is killed once one shard has heard that something is made: nothing that it says then comes."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.is_dead = False
+        for host in bench.fleet.hosts.values():
+            attach = host._engine.attach_table
+            host._engine.attach_table = partial(self._heard, attach)  # type: ignore[method-assign]
+            for method in ("attach_table", "drop_table", "set_view"):
+                host.faults[method] = self._lost
+
+    async def _heard(self, attach: Callable[[AttachTable], Awaitable[None]], request: AttachTable) -> None:
+        await attach(request)
+        self.is_dead = self.is_dead or request.mode == "confirm"
+
+    async def _lost(self) -> None:
+        if self.is_dead:
+            raise errors.ShardUnavailable("its controller is dead")
+
+    def heir(self) -> Controller:
+        """The one after it."""
+        self.is_dead = False
+        for host in self._bench.fleet.hosts.values():
+            host.faults.clear()
+        heir = self._bench.heir()
+        run(heir.adopt([host.info for host in self._bench.fleet.hosts.values()]), timeout_s=CALL_S)
+        return heir
+
+
+def test_a_table_and_its_keys_are_reset_at_once_whenever_the_controller_dies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.0)
+    with Bench(2) as bench:
+        keys = mempool.FlatKeys(key_dim=8, optimizer=SGD(lr=0.1))
+        table = bench.pool.create_table(mempool.TableConfig(name="facts", num_slots=600, value_dim=8, keys=keys))
+        table.fork("before")
+        table.lookup(torch.randn(4, 8), 5).values.sum().backward()
+        table.commit()
+        dying = DiesHaving(bench)
+        with suppress(errors.MempoolError):
+            table.reset(to="before")
+        heir = dying.heir()
+        pool = bench.pool_of(heir)
+        found, before = pool.table("facts"), pool.table("before")
+        assert torch.equal(found.rows(EVERYTHING), before.rows(EVERYTHING))
+        assert torch.equal(found.read_keys(), before.read_keys())
+        assert (found.step_count(), found.keys.step_count()) == (0, 0)
+        assert names_of(heir) == ["before", "before:keys", "facts", "facts:keys"]
+
+
+def names_of(controller: Controller) -> list[str]:
+    """Of all tables, those of keys too."""
+    return sorted(view.schema.name for view in run(controller.tables(), timeout_s=CALL_S))
+
+
+def test_a_table_and_its_keys_are_restored_at_once_whenever_the_controller_dies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.0)
+    with Bench(2) as bench:
+        keys = mempool.FlatKeys(key_dim=8, optimizer=SGD(lr=0.1))
+        table = bench.pool.create_table(mempool.TableConfig(name="facts", num_slots=600, value_dim=8, keys=keys))
+        rows, own = table.rows(EVERYTHING), table.read_keys()
+        bench.pool.checkpoint(tmp_path)
+        table.lookup(torch.randn(4, 8), 5).values.sum().backward()
+        table.commit()
+        dying = DiesHaving(bench)
+        with suppress(errors.MempoolError):
+            bench.pool.restore(tmp_path, replace=True)
+        heir = dying.heir()
+        found = bench.pool_of(heir).table("facts")
+        assert torch.equal(found.rows(EVERYTHING), rows)
+        assert torch.equal(found.read_keys(), own)
+        assert names_of(heir) == ["facts", "facts:keys"]
 
 
 class Held:

@@ -54,8 +54,8 @@ def test_the_twin_costs_at_least_the_memory_layer_and_hardly_more(
     dim: int, heads: int, topk: int, codebook_size: int, value_dim: int
 ) -> None:
     size = ModelSize(dim=dim, heads=heads, topk=topk, key_dim=16)
-    target = memory_flops(size, codebook_size=codebook_size, value_dim=value_dim).total
-    hidden = twin_hidden(size, codebook_size=codebook_size, value_dim=value_dim)
+    memory = memory_flops(size, codebook_size=codebook_size, value_dim=value_dim)
+    target, hidden = memory.total, twin_hidden(size, memory)
     assert dense_flops(size, hidden=hidden - 8).total < target <= dense_flops(size, hidden=hidden).total
 
 

@@ -143,3 +143,39 @@ def test_by_a_config_the_file_is_edited_and_apply_is_run_and_not_left_behind(
             rescale.finish(steps=[])
     assert begun[0].returncode == -15
     assert config.read_text(encoding="utf-8") == "pool:\n  name: p\n  shards: 3  # kept\n"
+
+
+def test_dead_slots_begin_anew_half_way_and_are_used_then(
+    facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_facts, "FLAT_SLOTS", 1024)
+    revived = {}
+    for more in ([], ["--reinit-dead"]):
+        out = tmp_path / "out.json"
+        arguments = ["--facts", str(facts_file), "--epochs", "20", "--keys", "flat", "--json", str(out)]
+        assert train_facts.main([*arguments, *more]) == 0
+        report = json.loads(out.read_text(encoding="utf-8"))
+        assert report["dense"]["flops_per_example"] >= report["memory"]["flops_per_example"]
+        in_use = report["pool"]["in_use"]
+        dead = round(1024 * (1 - in_use["coverage_half_way"]))
+        assert dead > 50
+        assert in_use["begun_anew"] == (dead if more else 0)
+        revived[bool(more)] = in_use["revived"]
+        assert in_use["coverage"] == pytest.approx(
+            in_use["coverage_half_way"] + in_use["revived"] * (1 - in_use["coverage_half_way"])
+        )
+    assert revived[True] > 2 * revived[False], revived
+    printed = capsys.readouterr().out
+    assert "slots used, half way" in printed
+    assert "dead then, begun anew" in printed
+    with pytest.raises(SystemExit):
+        train_facts.main(["--reinit-dead"])
+    assert "--reinit-dead needs --keys flat" in capsys.readouterr().err
+
+
+def test_a_table_of_other_keys_ends_with_a_message_and_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with mempool.local() as pool:
+        train_facts.open_table(pool, name="facts", console=None)
+        with pytest.raises(mempool.errors.InvalidRequest, match="made with other keys than --keys asks for"):
+            train_facts.open_table(pool, name="facts", console=None, flat=True)
+    assert capsys.readouterr().out == ""

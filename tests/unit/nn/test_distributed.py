@@ -1,5 +1,6 @@
 """The layer under FSDP2, DDP and torch's checkpoint helpers: on one rank here, FSDP2 on two in processes."""
 
+import copy
 import multiprocessing
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer, PoolOptimizer
+from mempool.nn.keys.queries import NormedQuery
 from mempool.optim import JointOptimizer
 
 from .stand_in import local_table, session_of
@@ -242,3 +244,11 @@ def test_fsdp_on_two_ranks(tmp_path: Path) -> None:
     for name, tensor in mine.items():
         same = bool((tensor.numpy() == theirs[name]).all())
         assert same == (name != "table"), name
+
+
+def test_queries_of_experts_take_a_batch_norm_that_is_of_all_ranks() -> None:
+    own = NormedQuery(4, heads=2, key_dim=3, norm="batch", bias=True, made={}).eval()
+    of_all = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(own))
+    assert type(of_all.norm) is nn.SyncBatchNorm
+    x = torch.randn(2, 5, 4)
+    assert torch.equal(of_all(x), own(x))

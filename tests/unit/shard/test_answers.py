@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mempool.errors import InvalidRequest, NotFound, RequestTooLarge, StalePlacement
-from mempool.shard import answers
 from mempool.shard.answers import Answers
 from mempool.shard.reading import pieces as cutting
+from mempool.shard.reading import rows
 from mempool.shard.reading.begun import parts_at_once
 from mempool.shard.work import pace
 from mempool.types import (
@@ -40,7 +40,7 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that each bag, query or row is one."""
     monkeypatch.setattr(pace, "PIECE_BYTES", 40)
     monkeypatch.setattr(pace, "WHOLE_BYTES", 40)
-    monkeypatch.setattr(answers, "COPY_PIECE_BYTES", 40)
+    monkeypatch.setattr(rows, "COPY_PIECE_BYTES", 40)
     monkeypatch.setattr(cutting, "SCORE_PIECE_PRODUCTS", 1)
     monkeypatch.setattr(cutting, "_LEAST_QUERIES", 1)
 

@@ -2,9 +2,10 @@
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 from mempool.shard.meeting import Meetings
-from mempool.types.groups.meeting import MeetKind, MeetRequest, Terms
+from mempool.types.groups.meeting import MeetKind, MeetReply, MeetRequest, Terms, Word
 
 LEASE_S, FIRST = 10.0, 1_000
 
@@ -32,3 +33,37 @@ def test_ranks_were_not_silent_while_their_home_was_paused() -> None:
         now_s[0] += LEASE_S / 3
         assert say(0, "beat") == "heard"
     assert say(1, "join", nonce=9) == "wait"
+
+
+def test_ranks_that_wait_are_looked_at_when_all_are_there_and_not_with_each_who_comes() -> None:
+    """A meeting would cost its home the cube of the number of ranks."""
+    world_size, looked = 24, []
+    meetings = Meetings(lease_s=LEASE_S, clock=lambda: 50.0, wall_s=lambda: FIRST / 1000)
+    handle = meetings._groups.handle
+
+    def counted(request: MeetRequest, *args: float, **how: Any) -> MeetReply | None:
+        looked.append(request.rank)
+        return handle(request, *args, **how)
+
+    async def be(rank: int) -> str:
+        request = MeetRequest(
+            group="job", rank=rank, nonce=rank + 1, host="host", terms=Terms(world_size=world_size), kind="join"
+        )
+        ticket = (await meetings.meet(request)).ticket
+        generation = (await meetings.meet(replace(request, number=ticket))).generation
+        arrival = replace(request, kind="arrive", generation=generation, ticket=ticket, meeting=1, number=1)
+        while len(looked) < 2 * world_size:  # all have joined
+            await asyncio.sleep(0)
+        for _ in range(8 * rank):  # one after the other
+            await asyncio.sleep(0)
+        reply = await meetings.meet(arrival)
+        if not rank:
+            await meetings.meet(replace(arrival, kind="beat", word=Word(meeting=1, kind="done"), number=0))
+        return reply.answer
+
+    async def all_of_them() -> list[str]:
+        return await asyncio.gather(*map(be, range(world_size)))
+
+    meetings._groups.handle = counted  # type: ignore[method-assign]
+    assert asyncio.run(all_of_them()) == ["arrived"] + ["word"] * (world_size - 1)
+    assert len(looked) <= 2 * world_size + 4 * world_size

@@ -15,7 +15,8 @@ import torch
 
 from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RequestTooLarge, ShardUnavailable
 from mempool.shard import tenancy
-from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, LedgerEntry, UpdateRequest
+from mempool.shard.forks import forked
+from mempool.types import AttachTable, ExportPages, ForkPoint, GatherRequest, Ledger, LedgerEntry, UpdateRequest
 from mempool.types.caller import Caller, calling
 from tests.contract.bags import make_bags
 from tests.contract.driver import Driver, make_schema, same
@@ -260,3 +261,87 @@ def test_a_table_that_was_dropped_does_not_come_back_and_is_remembered(
     for table_id in (1, 7, 8, 9):
         driver.call(driver.host(0).drop_table(table_id))
     assert driver.call(driver.host(0).status()).dropped == (7, 8, 9)
+
+
+def test_tables_are_confirmed_together_or_not_at_all(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    host, view = driver.host(0), driver.placed
+    made = []
+    for number in (7, 8):
+        schema = replace(view.schema, table_id=number, name=f"table {number}")
+        made.append(replace(view, schema=schema, placement=replace(view.placement, table_id=number)))
+        driver.call(host.attach_table(AttachTable(view=made[-1], mode="initialise", pending=True)))
+
+    def pending() -> set[int]:
+        return {table.table_id for table in driver.call(host.status()).tables if table.pending}
+
+    confirmed = AttachTable(view=made[0], mode="confirm", also=(8,))
+    with pytest.raises(NotFound, match="no table 9"):
+        driver.call(host.attach_table(replace(confirmed, also=(8, 9))))
+    with pytest.raises(InvalidRequest, match=r'only "confirm" names others, at most 8'):
+        driver.call(host.attach_table(replace(confirmed, mode="initialise")))
+    with pytest.raises(InvalidRequest, match="9 tables are named beside table 'table 7'"):
+        driver.call(host.attach_table(replace(confirmed, also=tuple(range(9)))))
+    assert pending() == {7, 8}
+    driver.call(host.attach_table(confirmed))
+    assert pending() == set()
+
+
+def test_a_fork_ends_where_its_table_is_dropped_before_it_is_ready(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver().create(make_schema())
+    host, view = driver.host(0), driver.placed
+    base_id = view.schema.table_id
+    moved = []
+
+    def share(*_: Any) -> int:  # of a table that is never ready
+        moved.append(1)
+        if len(moved) == 3:
+            host._tenancy.drop(base_id)  # type: ignore[attr-defined]
+        assert len(moved) <= 3, "nothing of a table that is gone is moved"
+        return 1
+
+    monkeypatch.setattr(forked, "share", share)
+    schema = replace(view.schema, table_id=7, name="fork")
+    fork = replace(view, schema=schema, placement=replace(view.placement, table_id=7))
+    point = ForkPoint(table_id=base_id)
+    with pytest.raises(NotFound, match=rf"table {base_id} was dropped while a fork of it, table 'fork', was made"):
+        driver.call(host.attach_table(AttachTable(view=fork, mode="fork", pending=True, fork=point)))
+    assert driver.call(host.status()).tables == ()
+
+
+def test_what_a_fork_has_still_to_share_at_its_moment_is_moved_while_others_are_served(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that have come to the table since it was prepared, as many as a move brings."""
+    driver = make_driver().create(make_schema())
+    host, view = driver.host(0), driver.placed
+    schema = replace(view.schema, table_id=7, name="fork")
+    fork = replace(view, schema=schema, placement=replace(view.placement, table_id=7))
+    point = ForkPoint(table_id=view.schema.table_id)
+    driver.call(host.attach_table(AttachTable(view=fork, mode="fork", pending=True, fork=point)))
+    version = driver.freeze(0, token="moment")
+    share, pieces, served, in_take = forked.share, [0], threading.Event(), [0]
+    gathering: list[Any] = []
+
+    def some(*args: Any) -> int:
+        pieces[0] += 1
+        if pieces[0] == 1:
+            gathering.append(driver.submit(host.gather(_gather(driver))))
+            gathering[0].add_done_callback(lambda _: served.set())
+        return 1 if not served.wait(0.02) and pieces[0] < 500 else share(*args)
+
+    def take(self: forked.ForkedPages) -> None:
+        assert served.is_set(), "nobody was served before the moment"
+        before = pieces[0]
+        forked_take(self)
+        in_take[0] = pieces[0] - before
+
+    forked_take = forked.ForkedPages.take
+    monkeypatch.setattr(forked, "share", some)
+    monkeypatch.setattr(forked.ForkedPages, "take", take)
+    point = replace(point, token="moment", version=version)
+    driver.call(host.attach_table(AttachTable(view=fork, mode="forked", pending=True, fork=point)))
+    assert gathering[0].result(20).values.shape == (4, 10)
+    assert in_take == [1], "only a look whether anything is left"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mempool.config import SGD, Adagrad, RowWiseAdagrad, TableConfig
+from mempool.config import SGD, Adagrad, ProductKeys, RowWiseAdagrad, TableConfig
 from mempool.errors import ConfigError
 from mempool.sizing import Hosts, Model, make_plan
 from mempool.sizing.plan import Plan
@@ -15,6 +15,7 @@ from .machines import MACHINE
 
 TABLE = TableConfig(name="memory", num_slots=2**20, value_dim=256, optimizer=Adagrad(0.1))
 MIB = 2**20
+KEYS = ProductKeys(heads=4, key_dim=512, optimizer=SGD(0.1))
 
 
 def planned(
@@ -150,6 +151,8 @@ def test_the_papers_memory_on_a_thousand_shards() -> None:
         ({"machine": MACHINE, "shards": 2, "tokens_per_s": 1e9}, r"at most, not 1,000,000,000: \w+ takes most"),
         ({"shards": 64, "table": {"layout": "rows"}}, "each bag is answered by 64 whole rows"),
         ({"tokens": 2**20, "host_shards": 1, "host_memory": 8192 * MIB}, "a step makes a shard hold"),
+        ({"machine": MACHINE, "shards": 2, "table": {"keys": KEYS}}, "times are of the values alone: what keys in the"),
+        ({"tokens": 2**18, "host_shards": 1, "host_memory": 8192 * MIB, "table": {"keys": KEYS}}, "a step makes a"),
         ({"host_shards": 1, "host_memory": 3200 * MIB}, "the fullest shard has 96% of its room"),
         ({"layers": 300, "shared": False, "table": {"page_slots": 64}}, "pages of 300 tables are more than the 4,194"),
     ],

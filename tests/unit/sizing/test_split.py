@@ -13,9 +13,10 @@ from mempool.config import SGD, Adam, AdamW, ProductKeys, RowWiseAdagrad, TableC
 from mempool.controller.changes import first_view
 from mempool.kernels import pack_rows
 from mempool.sizing import split
-from mempool.sizing.traffic import columns_sent, traffic
+from mempool.sizing.traffic import columns_sent, keys_traffic, traffic
 from mempool.types import ShardInfo, TableSchema
 from mempool.types.bags import Bags
+from mempool.types.keys import key_table_name
 from mempool.types.messages import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
 from mempool.wire.codecs import messages as codecs
 
@@ -34,6 +35,8 @@ TABLES: list[dict[str, Any]] = [
     {"dtype": "bfloat16", "optimizer": RowWiseAdagrad(0.1, rowwise="row")},
     {"keys": ProductKeys(heads=3, key_dim=6), "value_dim": 100, "block_dim": 40},
     {"keys": mempool.FlatKeys(key_dim=5), "dtype": "int8"},
+    {"keys": ProductKeys(heads=3, key_dim=6, optimizer=AdamW(0.1, dense=True)), "layout": "columns"},
+    {"keys": mempool.FlatKeys(key_dim=5, optimizer=SGD(0.1)), "dtype": "bfloat16"},
 ]
 
 
@@ -49,10 +52,39 @@ def test_shards_have_what_it_says(shards: int) -> None:
         told = pool.status()
     for config in configs:
         found = split(resolve(config), shards)
-        seen = {shard.info.shard: table for shard in told.shards for table in shard.tables if table.name == config.name}
-        assert found.total_bytes == sum(table.num_bytes for table in seen.values()), config
-        assert found.largest_bytes == max(table.num_bytes for table in seen.values())
-        assert found.owners == sum(table.pages > 0 for table in seen.values())
+        names = (config.name, key_table_name(config.name))
+        seen = [[table for table in shard.tables if table.name in names] for shard in told.shards]
+        bytes_of = [sum(table.num_bytes for table in tables) for tables in seen]
+        assert found.total_bytes == sum(bytes_of), config
+        assert found.largest_bytes == max(bytes_of)
+        assert found.owners == sum(any(table.pages > 0 for table in tables) for tables in seen)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ProductKeys(heads=2, key_dim=16, optimizer=SGD(0.1)),
+        mempool.FlatKeys(key_dim=16, optimizer=SGD(0.1)),
+    ],
+)
+def test_what_is_sent_of_keys_is_what_a_client_sends(keys: Any, shards: int) -> None:
+    bags, topk = 512, 8
+    config = TableConfig(name="a", num_slots=64**2, value_dim=8, page_slots=16, keys=keys)
+    with mempool.local(shards=shards, device="cpu") as pool:
+        table = pool.create_table(config)
+        counted = pool.router.traffic
+        before = counted.bytes_sent, counted.bytes_received
+        queries = torch.randn(bags, *((2, 16) if isinstance(keys, ProductKeys) else (16,)))
+        table.score(queries.requires_grad_(), topk).scores.square().sum().backward()
+        table.commit()  # whose messages have no tensors: what was pushed has gone by then
+        sent, received = counted.bytes_sent - before[0], counted.bytes_received - before[1]
+    found = split(resolve(config), shards)
+    said = keys_traffic(found, bags=bags, topk=topk)
+    assert found.keys is not None
+    sent -= 4 * bags * topk * (4 if isinstance(keys, ProductKeys) else 1)  # ids are counted as int64, and sent as int32
+    assert sent == pytest.approx(said.out, rel=0.05)
+    assert received == pytest.approx(said.back, rel=0.05)
 
 
 @pytest.mark.parametrize("layout", ["columns", "rows", "grid", "auto"])

@@ -66,6 +66,7 @@ STRANGE: dict[str, st.SearchStrategy[Any]] = {
     ),
     "rounding": st.sampled_from(["nearest", "stochastic"]),
     "master": st.booleans(),
+    "usage": st.booleans(),
     "optimizer": st.builds(
         OptimizerSpec,
         algorithm=ALGORITHMS,

@@ -188,6 +188,7 @@ def config_of(schema: TableSchema) -> TableConfig:
         "dtype",
         "rounding",
         "master",
+        "usage",
         "seed",
         "layout",
         "block_dim",

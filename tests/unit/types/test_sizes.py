@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("changes", [{}, {"keys": FlatKeySpec(key_dim=3)}, {"value_dim": 37, "block_dim": 8}])
 def test_rows_weigh_what_a_shard_says(rule: str, dtype: Any, changes: dict[str, Any]) -> None:
-    schema = replace(PLAIN, dtype=dtype, master=dtype == "int8", **changes)
+    schema = replace(PLAIN, dtype=dtype, master=dtype == "int8", usage=dtype in ("int8", "bfloat16"), **changes)
     dense = rule == "adamw" and dtype != "bfloat16"  # there is no other
     algorithm: Any = rule.removesuffix("_momentum")
     optimizer = OptimizerSpec(algorithm=algorithm, lr=0.1, dense=dense, momentum=0.5 if algorithm != rule else 0.0)

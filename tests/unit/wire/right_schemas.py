@@ -95,4 +95,5 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
         keys=keys,
         rounding="nearest" if fine else draw(st.sampled_from(["stochastic", "nearest"])),  # type: ignore[arg-type]
         master=master,
+        usage=draw(st.booleans()),
     )

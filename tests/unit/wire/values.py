@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mempool import types
 from mempool.placement.changes import KnownView, ViewChange
+from mempool.types.usage import UsageReply, UsageRequest
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
@@ -257,6 +258,19 @@ CASES: dict[Method[Any, Any], Case] = {
         data_pb2.StepCountReply,
         build(types.StepCountReply, **STAMPED, count=U64),
     ),
+    methods.USAGE: (
+        data_pb2.UsageRequest,
+        build(UsageRequest, envelope=ENVELOPE, older_than=U64),
+        data_pb2.UsageReply,
+        build(
+            UsageReply,
+            **STAMPED,
+            outdated=U64,
+            most=U64,
+            log_sum=DOUBLE,
+            histogram=tensors(2, st.just(torch.int64)).map(lambda counts: counts.numpy()),
+        ),
+    ),
     methods.PIN: (
         data_pb2.PinRequest,
         build(
@@ -267,6 +281,7 @@ CASES: dict[Method[Any, Any], Case] = {
             version=U64,
             name=TEXT,
             lease_s=SECONDS,
+            beside=st.none() | U64,
         ),
         data_pb2.PinReply,
         build(types.PinReply, **STAMPED, version=U64),
@@ -286,7 +301,14 @@ CASES: dict[Method[Any, Any], Case] = {
     methods.WRITE_ROWS: (
         data_pb2.WriteRowsRequest,
         build(
-            types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS, write_id=WRITE_ID
+            types.WriteRowsRequest,
+            envelope=ENVELOPE,
+            array=TEXT,
+            ids=IDS,
+            blocks=U32S,
+            rows=ROWS,
+            write_id=WRITE_ID,
+            fresh=st.booleans(),
         ),
         data_pb2.WriteRowsReply,
         build(types.WriteRowsReply, **STAMPED),
@@ -301,7 +323,9 @@ CASES: dict[Method[Any, Any], Case] = {
             source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
             fork=st.none() | build(types.ForkPoint, table_id=U64, token=TEXT, version=U64),
         )
-        | build(AttachView, view=st.none(), mode=st.just("confirm"), known=KNOWN),
+        | build(
+            AttachView, view=st.none(), mode=st.just("confirm"), known=KNOWN, also=st.lists(U64, max_size=3).map(tuple)
+        ),
         shard_pb2.AttachTableReply,
         st.none(),
     ),

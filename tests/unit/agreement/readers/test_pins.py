@@ -214,3 +214,26 @@ def test_the_oldest_pin_is_the_one_taken_first() -> None:
     assert owner.pins.oldest.token == "b"
     owner.pins.end("b", "there was no room")
     assert owner.pins.oldest.token == "a"
+
+
+def test_keys_are_found_by_the_version_of_their_table_that_they_were_pinned_with() -> None:
+    owner = Owner()
+    for token, beside in (("first", 7), ("second", 8), ("third", 8), ("alone", None)):
+        owner.step()
+        owner.arm(token, name="kept" if token == "second" else "")
+        owner.pins.settle(token, owner.version, ends_s=10.0, beside=beside)
+
+    def attach(token: str, beside: int) -> int:
+        return owner.pins.attach(token, serial=9, version=0, name="", ends_s=10.0, beside=beside).version
+
+    assert attach("a", 7) == 1
+    assert attach("b", 8) == 3  # the newest
+    owner.pins.release("first")
+    assert attach("c", 7) == 1  # by the one that was attached to it
+    owner.pins.release("third")
+    owner.pins.release("b")
+    assert owner.attach("d", name="kept") == 2
+    owner.pins.release(name="kept")
+    assert attach("e", 8) == 2  # by a snapshot's reader
+    with pytest.raises(VersionGone, match=r"the version that goes with version 9 of the table whose keys it has"):
+        attach("f", 9)

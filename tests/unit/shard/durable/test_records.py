@@ -76,7 +76,8 @@ def _held(draw: st.DrawFn) -> Held:
     bags, pairs, width = draw(st.integers(0, 4)), draw(st.integers(0, 5)), draw(st.integers(1, 6))
     weights = draw(st.none() | _tensor(torch.float32, pairs))
     held = Bags(ids=draw(_tensor(torch.int64, pairs)), weights=weights, offsets=draw(_tensor(torch.int64, bags + 1)))
-    update = HeldUpdate(held, draw(_tensor(torch.float32, bags, width)))
+    grads = draw(_tensor(torch.float32, bags, width))
+    update = HeldUpdate(held, grads, input_dim=draw(st.integers(0, 3)))
     return Held(draw(_NUMBER), draw(_STEP_ID), draw(_NUMBER), update)
 
 
@@ -92,6 +93,7 @@ def _written(draw: st.DrawFn) -> Written:
         blocks=tuple(range(draw(st.integers(0, 3)))),
         rows=draw(_tensor(dtype, count, width)),
         write_id=write_id,
+        fresh=draw(st.booleans()),
     )
     return Written(request)
 
@@ -170,7 +172,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, HeldUpdate):
-        return HeldUpdate, _plain(value.bags), _plain(value.grads)
+        return HeldUpdate, _plain(value.bags), _plain(value.grads), value.input_dim
     if dataclasses.is_dataclass(value):
         return type(value), [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
     return value

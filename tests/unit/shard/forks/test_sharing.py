@@ -11,6 +11,7 @@ from torch import Tensor
 from mempool.shard.forks.sharing import pages_of
 from mempool.shard.pages import memory
 from mempool.shard.pages.memory import AllocatedRows, ReservedRows, Rows
+from tests.support.forks import forked
 
 WIDTH = 96  # of float32: rows lie across the system's pages
 ROWS = 40_000
@@ -173,6 +174,21 @@ def test_forks_live_on_without_what_they_were_forked_of_and_what_they_need_not_i
     expected = before[rest].clone()
     expected[:, 0] = 8.0
     assert torch.equal(fork.first(ROWS)[ROWS // 2 :], expected)
+
+
+def test_a_forked_process_gives_back_nothing_of_its_parents() -> None:
+    rows = shared(filled())
+    fork, before = rows.fork(), rows.first(ROWS).clone()
+    write(fork, torch.arange(ROWS // 2), 5.0)
+    fork.resize(ROWS // 2)
+
+    def let_go() -> None:
+        rows.close()
+        fork.close()
+
+    assert os.waitpid(forked(let_go), 0)[1] == 0
+    assert torch.equal(rows.first(ROWS), before)
+    assert bool((fork.first(ROWS // 2) == 5.0).all())
 
 
 def test_who_gives_memory_back_takes_none_from_the_other() -> None:

@@ -26,6 +26,7 @@ from mempool.checkpoint.stores import open_store
 from mempool.controller.saving.checkpointing import _STALLED_S as STALLED_S
 from mempool.errors import DataLoss, InvalidRequest, NotFound, Overloaded, StalePlacement, StorageFailed
 from mempool.shard import Engine
+from mempool.shard.forks.forked import share
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.capture import ArenaCapture
 from mempool.shard.saving import marks
@@ -209,6 +210,36 @@ def test_what_ends_a_mark_gives_its_memory_back_and_leaves_no_file_that_counts(
             driver.call(engine.write_part(asked(driver, tmp_path)))
     gate.set()
     until(lambda: not list(tmp_path.glob("*/*.safetensors")) or what in ("move", "release"))
+
+
+def test_nothing_is_read_out_of_a_table_that_was_dropped_where_its_memory_is_its_forks(
+    make_driver: MakeDriver, tmp_path: Path, gate: threading.Event
+) -> None:
+    """What no fork needs of it is zeros by then."""
+    driver = make_driver(1).create(make_schema())
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    storage = engine._tenancy.table(driver.table_id).storage
+    mark(driver)
+    writing = driver.submit(engine.write_part(asked(driver, tmp_path)))
+    until(lambda: engine._saving._marks[driver.table_id].writing is not None)
+    found = engine._saving._marks[driver.table_id]
+    pages = PageGroup(blocks=(0,), rows=(0,), heads=())
+
+    def drop_and_read(_: Any) -> dict[str, Tensor]:
+        while share(storage, 2**20):
+            pass
+        engine._tenancy.drop(driver.table_id)
+        (arena,) = storage.arenas.values()
+        assert not arena.rows("values").any(), "it was given back"
+        return engine._saving._export((found, pages))
+
+    with pytest.raises(NotFound, match=r"its table was dropped.*take it again"):
+        driver.call(engine._on_thread("read", drop_and_read))
+    assert engine._saving.num_bytes == 0
+    gate.set()
+    with pytest.raises(NotFound, match="its table was dropped"):
+        writing.result(BOUND_S)
 
 
 def test_a_mark_whose_part_is_written_waits_for_others_and_copies_nothing(

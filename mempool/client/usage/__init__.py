@@ -1,0 +1,1 @@
+"""How a table is used: asked of its shards, and slots that nobody uses begun anew."""

@@ -1,0 +1,1 @@
+"""How often slots are trained: counted with each commit, told, and begun anew."""
