@@ -31,7 +31,7 @@ from comparison import report
 from comparison.blocks import BALANCE, KINDS, WITH_TABLES, Sizes
 from comparison.facts_task import FactsTask, Setup
 from comparison.language_task import LanguageTask, TextError, read_text
-from comparison.study import Rates, Study, StudyError, chosen, settings_of, tuned
+from comparison.study import Rates, Study, StudyError, chosen, settings_of, slug, tuned, with_contents
 from facts.data import FactBook, build_facts
 from facts.facts_file import FactsFileError, read_facts
 from mempool.errors import MempoolError
@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random_slots=4": {"random_slots": 4},
     "sink=True": {"sink": True},
     "balance_loss": {"balance": BALANCE},
-    "ValueLR": {"value_lr": True},
+    "values' rate stays (no ValueLR)": {"lower_values": False},
     "mem_gated=True": {"mem_gated": True},
     "query_bias=False": {"query_bias": False},
 }
@@ -106,7 +106,7 @@ class FactsComparison:
     ) -> None:
         self._task = FactsTask(book, sizes)
         self._options, self._pool, self._console, self._sizes = options, pool, console, sizes
-        source = "built in" if options.facts_file is None else str(options.facts_file)
+        source = "built in" if options.facts_file is None else with_contents(options.facts_file)
         settings = settings_of(sizes=sizes, facts=len(book.facts), source=source, epochs=options.epochs)
         self._study = Study(options.out / "facts", settings, say=console.print)
         self._metric = "exact_match_unseen" if book.has_unseen else "exact_match_trained"
@@ -135,21 +135,21 @@ class FactsComparison:
     def options(self) -> dict[str, Any]:
         """One memory layer, with one option changed at a time."""
         rates, runs = self._rates("memory+1"), {}
-        for number, (name, changed) in enumerate(OPTIONS.items()):
+        for name, changed in OPTIONS.items():
             given = dict(changed)
             if given.get("sample_from"):
                 given["sample_from"] = 4 * self._sizes.topk
-            balance, value_lr = given.pop("balance", 0.0), given.pop("value_lr", False)
+            balance, lower_values = given.pop("balance", 0.0), given.pop("lower_values", True)
             setup = Setup(
                 "memory+1",
                 0,
                 rates.lr,
-                rates.table_lr / 10.0 if value_lr else rates.table_lr,
+                rates.table_lr,
                 options=tuple(given.items()),
                 balance=balance,
-                value_lr=value_lr,
+                lower_values=lower_values,
             )
-            runs[name] = self._seeds(f"options/{number:02d}-seed-{{seed}}", setup)
+            runs[name] = self._seeds(f"options/{slug(name)}-seed-{{seed}}", setup)
         self._console.print(report.options_table(runs))
         return runs
 
@@ -179,7 +179,7 @@ def compare_language(
 ) -> dict[str, Any]:
     """Each kind as a language model, over seeds."""
     task = LanguageTask(read_text(options.text), replace(sizes, dim=sizes.dim // 2, key_dim=sizes.key_dim // 2))
-    source = "WordNet" if options.text is None else str(options.text)
+    source = "WordNet" if options.text is None else with_contents(options.text)
     words = sum(len(stream) for stream in task.tokens.values())
     settings = settings_of(sizes=task.sizes, text=source, words=words, steps=options.steps)
     study = Study(options.out / "language", settings, say=console.print)

@@ -10,7 +10,7 @@ Shape legend: D dim, E experts, H heads, K top-k, n half-keys of a codebook, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,11 @@ def flops_of(part: str, sizes: Sizes, *, hidden: int = 0) -> float:
     }[part]
 
 
+def flops_of_all(parts: Sequence[str], sizes: Sizes, *, hidden: int, ngram_tokens: float) -> float:
+    """FLOPs of all blocks for one token, forward, with an n-gram memory that reads so many tokens for it."""
+    return sum(flops_of(part, sizes, hidden=hidden) for part in parts) + ngram_tokens * flops_of("ngram", sizes)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a kind of model has, and what that costs.
@@ -136,7 +141,7 @@ def plan(kind: str, sizes: Sizes, *, ngram_tokens: float = 1.0) -> Plan:
     budget = sizes.depth * flops_of("memory+", sizes)
 
     def total(hidden: int) -> float:
-        return sum(flops_of(part, sizes, hidden=hidden) for part in parts) + read * flops_of("ngram", sizes)
+        return flops_of_all(parts, sizes, hidden=hidden, ngram_tokens=read)
 
     each = total(8) - total(0)
     hidden = 0 if not each else 8 * int((budget - total(0)) // each)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mempool
-from comparison.blocks import Blocks, Plan, Sizes, Tables, plan
+from comparison.blocks import Blocks, Plan, Sizes, Tables, flops_of_all, plan
 from comparison.training import Learner, parameters_of
 from facts.data import FactBook
 from facts.model import ModelSize, QuestionEncoder, spelling_loss
@@ -61,7 +61,7 @@ class Setup:
         epochs: times each fact is asked; None: 14, or more where facts are few.
         options: of its memory layers, beside `Sizes`.
         balance: factor of the balance loss of memory layers.
-        value_lr: values begin with 10 times their rate.
+        lower_values: the values' rate comes down to a tenth; else it stays.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Setup:
     epochs: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
     balance: float = 0.0
-    value_lr: bool = False
+    lower_values: bool = True
 
 
 class FactsTask:
@@ -95,7 +95,13 @@ class FactsTask:
         return plan(kind, sizes or self.sizes, ngram_tokens=self.words_each)
 
     def run(self, setup: Setup, pool: mempool.Pool, *, sizes: Sizes | None = None) -> dict[str, Any]:
-        """Train a model and ask it everything; plain values."""
+        """Train a model and ask it everything; plain values.
+
+        Args:
+            setup: of the run.
+            pool: for its tables.
+            sizes: others than all models', whose feed-forward layers stay as wide; FLOPs are those of these sizes.
+        """
         sizes = sizes or self.sizes
         config = TrainConfig(epochs=setup.epochs, seed=setup.seed)
         num_steps = config.num_epochs(len(self.book.facts)) * config.steps_per_epoch(len(self.book.facts))
@@ -117,12 +123,14 @@ class FactsTask:
                 lr=setup.lr,
                 table_lr=setup.table_lr,
                 num_steps=num_steps,
-                value_steps=num_steps if setup.value_lr else None,
+                lower_values=setup.lower_values,
             )
             learner.train(self._losses(model, config))
             return {
                 **self.ask(model, seed=setup.seed),
-                "flops": blocks.plan.flops,
+                "flops": flops_of_all(
+                    blocks.plan.parts, sizes, hidden=blocks.plan.hidden, ngram_tokens=blocks.plan.ngram_tokens
+                ),
                 "hidden": blocks.plan.hidden,
                 "parameters": parameters_of(model),
                 "pool_parameters": sum(table.num_slots * table.value_dim for table in tables.made),

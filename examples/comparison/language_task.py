@@ -6,7 +6,6 @@ D model dim, N vocabulary.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -171,7 +170,7 @@ class LanguageTask:
             window = stream[first + torch.arange(self.context + 1)]
             total += float(_loss(model, window)) * window[:, 1:].numel()
             count += window[:, 1:].numel()
-        return math.exp(total / count)
+        return float(torch.tensor(total / count, dtype=torch.float64).exp())  # infinite where a rate was far too high
 
 
 def _loss(model: LanguageModel, windows: Tensor) -> Tensor:

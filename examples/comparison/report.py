@@ -87,7 +87,7 @@ def options_table(runs: Runs) -> Table:
 def scaling_table(curve: Mapping[int, Sequence[dict[str, Any]]]) -> Table:
     """Exact match against slots."""
     table = Table(title="a memory layer of more and more slots; mean of seeds (least to most)")
-    for name in ("slots", "exact match", "trained phrasings", "slots used"):
+    for name in ("slots", "exact match", "trained phrasings", "slots used", "FLOPs a question"):
         table.add_column(name, justify="right")
     for slots, found in curve.items():
         unseen = "unseen" if "exact_match_unseen" in found[0] else "trained"
@@ -96,6 +96,7 @@ def scaling_table(curve: Mapping[int, Sequence[dict[str, Any]]]) -> Table:
             _percents(spread(found, f"exact_match_{unseen}")),
             f"{spread(found, 'exact_match_trained')[0]:.1%}",
             f"{spread(found, 'coverage')[0]:.1%}",
+            f"{found[0]['flops']:,.0f}",
         )
     return table
 

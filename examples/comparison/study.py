@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,6 +123,16 @@ def spread(found: Sequence[dict[str, Any]], name: str) -> tuple[float, float, fl
 def settings_of(**parts: Any) -> dict[str, Any]:
     """Plain values of dataclasses and others."""
     return {name: asdict(part) if hasattr(part, "__dataclass_fields__") else part for name, part in parts.items()}
+
+
+def with_contents(path: Path) -> str:
+    """A file's name and what is in it, for settings: a file that was changed is another one."""
+    return f"{path}, CRC-32 {zlib.crc32(path.read_bytes()):08x}"
+
+
+def slug(name: str) -> str:
+    """A name as that of a file."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

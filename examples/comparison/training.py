@@ -26,9 +26,9 @@ class Learner:
         model: what learns; `blocks` are a part of it.
         blocks: say which tables there are, and their extra losses.
         lr: of Adam, after the warm-up; lowered to 0.
-        table_lr: of the values; lowered to a tenth.
+        table_lr: of the values; lowered to a tenth in a line, as UltraMem does (`ValueLR`).
         num_steps: of all.
-        value_steps: begin with 10 times the values' rate, and come down to it in so many steps (`ValueLR`).
+        lower_values: else the values' rate stays.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Learner:
         lr: float,
         table_lr: float,
         num_steps: int,
-        value_steps: int | None = None,
+        lower_values: bool = True,
     ) -> None:
         self.model, self._blocks = model, blocks
         adam = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98))
@@ -50,9 +50,8 @@ class Learner:
         if blocks.layers() or blocks.ngram is not None:
             tables = optim.PoolOptimizer(model, lr=table_lr)
             self._optimizers.append(tables)
-            self._schedulers.append(LambdaLR(tables, lambda step: 1.0 - 0.9 * step / num_steps))
-            if value_steps is not None:
-                self._schedulers[-1] = optim.ValueLR(tables, value_steps)
+            if lower_values:
+                self._schedulers.append(optim.ValueLR(tables, num_steps, start=1.0, end=0.1))
         self.seconds, self.steps = 0.0, 0
 
     def step(self, loss: Tensor) -> None:

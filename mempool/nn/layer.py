@@ -136,7 +136,7 @@ class MemoryLayer(FindsSlots):
             learn it). "batch": each component over all tokens of a call, which spreads queries over slots (arXiv
             1907.05242); "layer": each head's query. Both with a learned gain and bias, in ``query``.
         key_dropout: In training leave each half-key out of a call with this probability, for all of its tokens: others
-            get their turn. Of product keys with score="sum".
+            get their turn. So many stay in any case that there are enough slots. Of product keys with score="sum".
         sample_from: In training sample ``topk`` of the best so many slots, without replacement, with probabilities in
             the ratio of ``exp(score)`` (Gumbel-top-k). None: take the best.
         random_slots: In training take so many slots besides, at random of all the others, so that each is trained at

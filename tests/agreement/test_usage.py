@@ -15,6 +15,7 @@ from mempool.client import Pool, Table
 from mempool.errors import AlreadyExists, InvalidRequest, StepConflict
 from mempool.nn import PEERLayer
 from mempool.optim import SGD, Adagrad, Adam, AdamW
+from mempool.shard.usage import counting
 from mempool.types.usage import Tally, usage_of
 from tests.agreement.ranks import Ranks
 from tests.unit.client.grpc_pool import GrpcPoolHere
@@ -101,7 +102,8 @@ def test_counts_are_of_every_pair_that_was_committed(pools: Pools, shards: int, 
     assert torch.equal(table.usage([7, 299]).uses, count.uses[[7, 299]])
 
 
-def test_uses_of_experts_are_counted_once_each(pools: Pools) -> None:
+def test_uses_of_experts_are_counted_once_each(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_AT_ONCE", 7)  # of 30 pairs
     table = pools.table(shards=2, num_slots=256, value_dim=18, layout="rows", usage=True)
     layer = PEERLayer(9, table=table, heads=2, topk=3, key_dim=8)
     x, plain = torch.randn(5, 9), torch.randint(256, (4, 6))
@@ -274,6 +276,8 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(pools: Pools) -> None:
     for older_than in (-1, 0.5, 2**53):
         with pytest.raises(InvalidRequest, match=f"older_than = {older_than} must be a number of versions"):
             table.usage(older_than=older_than)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="older_than = 3 is of all slots together"):
+        table.usage([1], older_than=3)  # type: ignore[call-overload]
     with pytest.raises(InvalidRequest, match="300"):
         table.usage([300])
     assert torch.equal(all_rows(table), before)

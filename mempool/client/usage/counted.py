@@ -59,6 +59,7 @@ class Counted(Keyed):
         Args:
             slots: [M] int64 ids, or a list of int: asks for the counts themselves, of these slots, in their order.
             older_than: Slots that were used, and by none of the last so many versions, count as outdated. 0: none do.
+                Not beside ``slots``.
 
         Raises:
             InvalidRequest: The table counts nothing, or wrong ids or numbers; nothing was sent.
@@ -67,6 +68,11 @@ class Counted(Keyed):
         """
         self._require_counts("Its usage cannot be told")
         if slots is not None:
+            if older_than != 0:
+                raise InvalidRequest(
+                    f"table {self.schema.name!r}: older_than = {older_than!r} is of all slots together; of those in "
+                    "slots last_use says it: leave one of the two out."
+                )
             ids = checked_rows(slots, num_slots=self.schema.num_slots, table=self.schema.name)
             found = self._rows.read_arrays((USES, LAST_USE), ids)
             return SlotUsage(slots=ids, uses=found[USES][:, 0], last_use=found[LAST_USE][:, 0])

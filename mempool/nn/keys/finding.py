@@ -19,7 +19,7 @@ from mempool.nn.keys.options import KeyOptions
 from mempool.nn.keys.tucker import TuckerKeys
 from mempool.nn.scoring import product_topk, unit_rms
 from mempool.nn.stable.balance import balance_loss
-from mempool.nn.stable.exploring import Exploring, other_slots, sampled, with_dropped_keys
+from mempool.nn.stable.exploring import Exploring, kept_keys, other_slots, sampled, with_dropped_keys
 from mempool.nn.usage import HeadCounts, LayerUsage
 from mempool.nn.values import KeyLink, LayerLink
 
@@ -142,7 +142,7 @@ class FindsSlots(nn.Module):
         return self._link.counts.usage()
 
     def recall(self, x: Tensor) -> float:
-        """The part of the true top-k that is found for some tokens, from 0 to 1, with the keys as they are.
+        """The part of the true top-k that is found for some tokens in eval mode, with the keys as they are: 0 to 1.
 
         Of a search that is greedy (hierarchical keys, Tucker scores) it scores every slot for each token: give it some
         tens of tokens. Any other finds all.
@@ -152,11 +152,17 @@ class FindsSlots(nn.Module):
         """
         if not isinstance(self.search, (HierarchicalKeys, TuckerKeys)):
             return 1.0
-        with torch.no_grad():
-            queries = self.scoring_queries(x).reshape(-1, self.heads, self.key_dim)
-            with torch.autocast(queries.device.type, enabled=False):
-                _, found = self.search(queries, self.topk)
-                true = self.search.exact(queries, self.topk)
+        modes = {module: module.training for module in self.modules()}
+        try:
+            with torch.no_grad():
+                self.eval()  # else a look would count in the statistics of a batch norm of queries
+                queries = self.scoring_queries(x).reshape(-1, self.heads, self.key_dim)
+                with torch.autocast(queries.device.type, enabled=False):
+                    _, found = self.search(queries, self.topk)
+                    true = self.search.exact(queries, self.topk)
+        finally:
+            for module, training in modes.items():
+                module.training = training
         return float((found[..., :, None] == true[..., None, :]).any(-1).double().mean())
 
     def balance_loss(self, lookup: MemoryLookup) -> Tensor:
@@ -199,7 +205,8 @@ class FindsSlots(nn.Module):
             return ids_BHK, scores_BHK
         keys = self.scoring_keys()
         if self.training and self.exploring.key_dropout:
-            queries, keys = with_dropped_keys(queries, keys, self.exploring.key_dropout)
+            kept = kept_keys(topk, self.table.num_slots, self.codebook_size, self.ways)
+            queries, keys = with_dropped_keys(queries, keys, self.exploring.key_dropout, kept=kept)
         scores_BHK, ids_BHK = product_topk(
             queries,
             keys,

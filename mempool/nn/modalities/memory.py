@@ -15,6 +15,7 @@ from mempool.client import Table
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores
 from mempool.nn.keys.options import key_options
+from mempool.nn.keys.queries import QueryNorm, query_part
 from mempool.nn.layer import MemoryLayer
 from mempool.nn.modalities.fusion import Fuse, Fusion
 from mempool.nn.modalities.ranges import count, visible_ranges
@@ -51,7 +52,8 @@ class MultiModalMemory(nn.Module):
 
     Attributes:
         modalities: Name to width of the input.
-        queries: ``ModuleDict`` by modality of Linear(width, heads * key_dim).
+        queries: ``ModuleDict`` by modality of Linear(width, heads * key_dim), or ``NormedQuery`` (query_norm="batch" or
+            "layer").
         views: ``ModuleDict`` by modality of the layers that look up: queries [..., heads * key_dim] -> bags [..., V].
         keys: ``Codebooks`` with ``half_keys`` [heads, ways, n, key_dim / ways] that all share; None with a table each.
         gates: ``ModuleDict`` by modality of Linear(width, V); None with gate="none".
@@ -110,7 +112,7 @@ class MultiModalMemory(nn.Module):
         out_dim: int | None = None,
         scores: Scores = "softmax",
         qk_norm: bool = False,
-        query_norm: bool = False,
+        query_norm: bool | QueryNorm = False,
         query_dropout: float = 0.0,
         key_init_std: float | None = None,
         deterministic: bool = True,
@@ -135,7 +137,7 @@ class MultiModalMemory(nn.Module):
         of_views: dict[str, Any] = {
             "scores": scores,
             "qk_norm": qk_norm,
-            "query_norm": query_norm,
+            "query_norm": query_norm not in ("batch", "layer") and query_norm,
             "query_dropout": query_dropout,
             "deterministic": deterministic,
         }
@@ -160,7 +162,12 @@ class MultiModalMemory(nn.Module):
             }
         self.views = nn.ModuleDict(views)
         self.queries = nn.ModuleDict(
-            {name: nn.Linear(dim, width, bias=query_bias, **made) for name, dim in self.modalities.items()}
+            {
+                name: query_part(
+                    None, query_norm, dim, heads=self.heads, key_dim=self.key_dim, bias=query_bias, made=made
+                )
+                for name, dim in self.modalities.items()
+            }
         )
         if gate not in ("silu", "none"):
             raise InvalidRequest(f'gate must be "silu" or "none", got {gate!r}; modules in gates may be replaced')

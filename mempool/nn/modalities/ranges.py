@@ -21,6 +21,10 @@ def visible_ranges(
         InvalidRequest: A reservation of an unknown modality, one that is no range of slots, is empty, leaves the table
             or overlaps another; or a modality is left without a slot.
     """
+    if reserved is not None and not isinstance(reserved, Mapping):
+        raise InvalidRequest(
+            f"reserved = {reserved!r}: give a dict of modality to slots, as {{{modalities[0]!r}: range(0, 64)}}"
+        )
     own = {name: _checked(name, slots, modalities, num_slots) for name, slots in (reserved or {}).items()}
     by_slot = sorted(own.items(), key=lambda item: item[1])
     for (name, before), (other, after) in pairwise(by_slot):

@@ -51,12 +51,35 @@ def checked_exploring(
     return Exploring(dropout, candidates, extra)
 
 
-def with_dropped_keys(queries_BHD: Tensor, keys_HPNd: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+def kept_keys(count: int, num_slots: int, size: int, ways: int) -> tuple[int, int]:
+    """How many half-keys of the first codebook, and of each other one, leave ``count`` slots, whichever they are.
+
+    Args:
+        count: At most ``num_slots``.
+        num_slots: Of ``size ** ways`` products the first so many are slots.
+    """
+    whole = num_slots // size ** (ways - 1)  # first half-keys, all of whose products are slots
+    least = 1
+    while least < size and min(least, whole) * least ** (ways - 1) < count:
+        least += 1
+    return min(size, least + size - whole), least
+
+
+def with_dropped_keys(
+    queries_BHD: Tensor, keys_HPNd: Tensor, dropout: float, *, kept: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
     """Queries [B, H, P * (d + 1)] and keys [H, P, N, d + 1] with the same scores, but for keys that no query picks.
 
     Each half-key is left out with probability ``dropout``, for all queries of the call.
+
+    Args:
+        kept: So many of the first codebook and of each other one stay in any case (``kept_keys``): a query that had to
+            pick one that is left out would have no true score of it.
     """
-    dropped = torch.rand(keys_HPNd.shape[:-1], device=keys_HPNd.device, dtype=torch.float32) < dropout
+    drawn = torch.rand(keys_HPNd.shape[:-1], device=keys_HPNd.device, dtype=torch.float32)
+    dropped = drawn < dropout
+    for codebooks, count in ((slice(0, 1), kept[0]), (slice(1, None), kept[1])):
+        dropped[:, codebooks].scatter_(-1, drawn[:, codebooks].topk(count, dim=-1).indices, False)
     column = torch.zeros_like(keys_HPNd[..., :1]).masked_fill(dropped[..., None], _DROPPED)
     parts = queries_BHD.view(*queries_BHD.shape[:2], keys_HPNd.shape[1], -1)
     queries = torch.cat([parts, torch.ones_like(parts[..., :1])], dim=-1)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mempool.client import Table
+from mempool.client.usage.reinit import checked_seed
 from mempool.errors import InvalidRequest
-from mempool.nn.sizes import checked_std
+from mempool.nn.sizes import checked_std, checked_table
 
 _PIECE_ELEMENTS = 1 << 22
 
@@ -30,12 +31,14 @@ def init_values(table: Table, rows: Tensor | nn.Linear, *, noise_std: float = 0.
         seed: Of the noise.
 
     Raises:
-        InvalidRequest: Rows that do not fit the table or are not finite; nothing was written.
+        InvalidRequest: No table, rows that do not fit it or are not finite, a standard deviation or a seed that is
+            none; nothing was written.
         MempoolError: What ``Table.write`` raises.
 
     Example:
         >>> mempool.nn.init_values(table, model.layers[4].mlp.down_proj, noise_std=0.1)
     """
+    table = checked_table(table)
     if isinstance(rows, nn.Linear):
         rows = rows.weight.t()
     if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
@@ -48,7 +51,7 @@ def init_values(table: Table, rows: Tensor | nn.Linear, *, noise_std: float = 0.
     if not rows.isfinite().all():
         raise InvalidRequest(f"rows for table {table.name!r} have an inf or NaN; nothing was written")
     scale = checked_std("noise_std", noise_std) * float(rows.std(correction=0))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(checked_seed(seed, table=table.name))
     piece = max(1, _PIECE_ELEMENTS // table.value_dim)
     for first in range(0, table.num_slots, piece):
         ids = torch.arange(first, min(first + piece, table.num_slots), dtype=torch.int64, device="cpu")

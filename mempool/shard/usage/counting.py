@@ -15,6 +15,9 @@ from mempool.shard.pages.named_arrays import LAST_USE, USES
 from mempool.shard.pages.storage import Storage
 from mempool.shard.steps.held import HeldUpdate
 
+_AT_ONCE = 2**16
+"""Pairs of experts: a step in parts has a bounded temporary memory, however many there are."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Uses:
@@ -41,9 +44,10 @@ class Uses:
         if not arena.has(USES):
             return None
         counts, slots = pairs.starts.diff() + more, pairs.slots
-        for ids in twice if slots.numel() else ():
+        for ids in (part for each in twice for part in torch.split(each, _AT_ONCE)) if slots.numel() else ():
             at = torch.searchsorted(slots, ids.to(slots.dtype)).clamp_(max=slots.shape[0] - 1)
-            counts -= torch.bincount(at[slots[at] == ids], minlength=slots.shape[0])
+            here = at[slots[at] == ids]
+            counts.index_add_(0, here, torch.ones_like(here), alpha=-1)
         return cls(arena, pairs.rows, counts)
 
     def count(self, version: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import mempool
 from comparison.blocks import BALANCE, KINDS, WITH_TABLES, Blocks, Mixture, Sizes, Tables, plan
 from comparison.facts_task import FactsTask, Setup, token_f1
 from comparison.language_task import LanguageTask, TextError, read_text
-from comparison.study import Study, StudyError, chosen, climb, tuned
+from comparison.study import Study, StudyError, chosen, climb, slug, tuned, with_contents
+from comparison.training import Learner
 from facts.data import FactBook
 
 SMALL = Sizes(dim=32, slots=32**2, heads=2, topk=4, key_dim=16, experts=4, ngram_heads=2, ngram_dim=8)
@@ -107,9 +109,31 @@ def test_options_of_a_memory_are_carried_out(small_book: FactBook, pool: mempool
     task = FactsTask(small_book, SMALL)
     for changed in compare_models.OPTIONS.values():
         given: dict[str, Any] = {**changed, **({"sample_from": 16} if "sample_from" in changed else {})}
-        balance, value_lr = given.pop("balance", 0.0), given.pop("value_lr", False)
-        setup = Setup("memory+1", 0, 3e-3, 0.3, 1, tuple(given.items()), balance, value_lr)
+        balance, lower_values = given.pop("balance", 0.0), given.pop("lower_values", True)
+        setup = Setup("memory+1", 0, 3e-3, 0.3, 1, tuple(given.items()), balance, lower_values)
         assert 0 <= task.run(setup, pool)["exact_match_trained"] <= 1
+    assert len({slug(name) for name in compare_models.OPTIONS}) == len(compare_models.OPTIONS)
+
+
+@pytest.mark.parametrize("lower_values", [True, False])
+def test_the_values_rate_comes_down_to_a_tenth_or_stays(lower_values: bool, pool: mempool.Pool) -> None:
+    tables = Tables(pool, "rates", lr=0.5)
+    blocks = Blocks(plan("memory+1", SMALL), SMALL, tables, vocabulary=10)
+    learner = Learner(blocks, blocks, lr=1e-3, table_lr=0.5, num_steps=4, lower_values=lower_values)
+    seen = []
+    for _ in range(4):
+        learner.step(blocks(torch.randn(3, SMALL.dim), SMALL.middle).square().mean())
+        seen.append(learner._optimizers[1].param_groups[0]["lr"])
+    tables.drop()
+    assert seen == pytest.approx([0.3875, 0.275, 0.1625, 0.05] if lower_values else [0.5] * 4)
+
+
+def test_the_curve_says_what_each_number_of_slots_costs(small_book: FactBook, pool: mempool.Pool) -> None:
+    task, setup = FactsTask(small_book, SMALL), Setup("memory+1", 0, 3e-3, 0.3, 1)
+    base, larger = (task.run(setup, pool, sizes=replace(SMALL, slots=side**2)) for side in (32, 64))
+    assert base["flops"] == task.plan("memory+1").flops
+    assert larger["hidden"] == base["hidden"]
+    assert larger["flops"] - base["flops"] == 2 * SMALL.heads * SMALL.key_dim * (64 - 32)
 
 
 def test_the_command_prints_goes_on_and_refuses_other_settings(
@@ -177,6 +201,16 @@ def test_runs_that_ended_are_read_and_others_carried_out(tmp_path: Path) -> None
     with pytest.raises(StudyError, match="none of a, b"):
         chosen("a,c", ["a", "b"], what="part")
     assert chosen("b,a", ["a", "b"], what="part") == ["a", "b"]
+
+
+def test_a_file_that_was_changed_is_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text("one")
+    before = with_contents(path)
+    path.write_text("two")
+    assert with_contents(path) != before
+    path.write_text("one")
+    assert with_contents(path) == before
 
 
 def test_f1_is_of_words() -> None:

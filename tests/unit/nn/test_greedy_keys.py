@@ -152,6 +152,19 @@ def test_recall_is_the_part_of_the_true_topk_that_was_found() -> None:
     assert 0.3 < make_layer(score="tucker", probes=4).recall(x) < make_layer(score="tucker", probes=18).recall(x) == 1.0
 
 
+def test_asking_for_recall_leaves_a_layer_in_training_as_it_was() -> None:
+    layer = make_layer(keys="hierarchical", query_norm="batch", query_dropout=0.5)
+    layer.gate.eval()
+    before = copy.deepcopy(layer.query.state_dict())
+    x = torch.randn(20, 12)
+    assert layer.recall(x) == layer.recall(x)
+    for name, part in layer.query.state_dict().items():
+        assert torch.equal(part, before[name]), name
+    assert layer.training
+    assert layer.query.norm.training
+    assert not layer.gate.training
+
+
 @pytest.mark.parametrize("options", KINDS)
 def test_a_token_finds_the_same_alone_and_in_any_batch(options: dict[str, Any]) -> None:
     layer = make_layer(**options)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import mempool
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer, MemoryLookup, init_values
+from mempool.nn.keys.dots import product_scores
 from mempool.nn.scoring import product_topk
 from mempool.nn.stable.balance import balance_loss
-from mempool.nn.stable.exploring import other_slots, sampled, with_dropped_keys
+from mempool.nn.stable.exploring import kept_keys, other_slots, sampled, with_dropped_keys
 from mempool.optim import PoolOptimizer, ValueLR
 from tests.agreement.reference import leaf, relative_error
 
@@ -156,6 +157,27 @@ def test_dropped_keys_are_picked_by_nobody_and_others_have_their_scores() -> Non
     torch.testing.assert_close(scores, there.topk(10, dim=-1).values)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), size=st.integers(2, 6), ways=st.integers(2, 3))
+def test_enough_half_keys_stay_whichever_they_are(data: st.DataObject, size: int, ways: int) -> None:
+    num_slots = data.draw(st.integers((size - 1) ** ways + 1, size**ways))
+    count = data.draw(st.integers(1, num_slots))
+    kept = kept_keys(count, num_slots, size, ways)
+    _, keys = with_dropped_keys(torch.randn(1, 1, ways), torch.randn(1, ways, size, 1), 0.999, kept=kept)
+    there = keys[0, :, :, -1] == 0
+    slots = there[0]
+    for other in there[1:]:
+        slots = (slots[:, None] & other).flatten()
+    assert int(slots[:num_slots].sum()) >= count
+
+
+def test_scores_are_true_where_few_keys_are_left() -> None:
+    layer = make_layer(topk=100, key_dropout=0.95, scores=lambda scores: scores)
+    queries = layer.scoring_queries(x := torch.randn(5, 12))
+    lookup = layer(x, return_lookup=True)[1]
+    torch.testing.assert_close(lookup.scores, product_scores(queries, layer.scoring_keys(), lookup.ids))
+
+
 def test_the_balance_loss_is_1_of_equal_use_and_its_gradient_is_that_of_the_weights() -> None:
     ids = torch.arange(12).view(3, 2, 2)
     equal = MemoryLookup(ids, torch.zeros(3, 2, 2), torch.full((3, 2, 2), 0.5))
@@ -238,6 +260,10 @@ def test_values_start_as_rows_of_a_layer_on_any_shards(layout: str) -> None:
                 init_values(table, torch.full((2, 8), torch.nan))
             with pytest.raises(InvalidRequest, match=r"rows \[8, 10\].*must be \[R, 8\]"):
                 init_values(table, linear.weight)
+            with pytest.raises(InvalidRequest, match="seed = 'a' must be a whole number"):
+                init_values(table, linear, seed="a")  # type: ignore[arg-type]
+            with pytest.raises(InvalidRequest, match="table = 'facts' is no table"):
+                init_values("facts", linear)  # type: ignore[arg-type]
             assert torch.equal(table.rows(range(25)), found[-1])
     assert torch.equal(*found)
     noise = found[0] - linear.weight.t().repeat(3, 1)[:25]

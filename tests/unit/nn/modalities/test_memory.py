@@ -42,6 +42,30 @@ def test_any_leading_shape_and_none_at_all() -> None:
     assert MultiModalMemory({"one": 4}, table=local_table(), topk=4)({"one": torch.randn(2, 4)}).shape == (2, 7)
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_queries_are_normalised_by_modality(norm: str) -> None:
+    plain, memory = make_memory(), make_memory(query_norm=norm)
+    x = inputs(20)["sound"]
+    linear, part = plain.queries["sound"], memory.queries["sound"]
+    part.linear.load_state_dict(linear.state_dict())
+    raw = linear(x)
+    if norm == "batch":
+        expected = (raw - raw.mean(0)) / (raw.var(0, correction=0) + 1e-5).sqrt()
+    else:
+        heads = raw.unflatten(-1, (2, 6))
+        expected = ((heads - heads.mean(-1, True)) / (heads.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()).flatten(
+            1
+        )
+    torch.testing.assert_close(
+        memory.views["sound"].scoring_queries(part(x)).flatten(1), expected, rtol=1e-4, atol=1e-5
+    )
+    before = copy.deepcopy(memory.queries["image"].state_dict())
+    memory.lookup(x, modality="sound", from_="image").sum().backward()
+    assert part.norm.weight.grad is not None
+    assert part.norm.weight.grad.any()
+    assert all(torch.equal(now, before[name]) for name, now in memory.queries["image"].state_dict().items())
+
+
 @pytest.mark.parametrize("fuse", ["sum", "gate"])
 def test_some_modalities_are_fused_as_if_there_were_no_others(fuse: str) -> None:
     memory = make_memory(fuse=fuse, partial=True)
@@ -199,6 +223,8 @@ def test_senseless_inputs_are_refused(change: dict[str, Any], message: str) -> N
         ),
         ({"reserved": {"image": range(79)}}, "topk = 4, and modality 'sound' sees 2 slots"),
         ({"topk": 82}, "topk must be from 1 to the table's 81 slots, got 82"),
+        ({"reserved": [range(9)]}, "give a dict of modality to slots, as"),
+        ({"query_norm": "mean"}, "query_norm must be"),
         ({"fuse": "mean"}, 'fuse must be "sum", "concat" or "gate", got \'mean\''),
         ({"fuse": "concat", "partial": True}, "has a place for each modality"),
         ({"gate": nn.Linear(5, 7)}, "modules in gates may be replaced"),
