@@ -48,7 +48,11 @@ class Towers(nn.Module):
         """[B, width] -> [B, EMBEDDING]."""
         hidden = nn.functional.gelu(self.enter[way](features))
         embedding: Tensor = self.head[way](hidden)
-        return embedding if self.memory is None else embedding + self.memory.lookup(hidden, modality=way)
+        if self.memory is None:
+            return embedding
+        found = self.memory.lookup(hidden, modality=way)
+        assert isinstance(found, Tensor)
+        return embedding + found
 
     def loss(self, batch: Mapping[str, Tensor], digits: Tensor) -> Tensor:
         """The mean of InfoNCE over all pairs of ways; pairs of one digit are right answers to each other."""
