@@ -47,8 +47,11 @@ class Towers(nn.Module):
     def embed(self, way: str, features: Tensor) -> Tensor:
         """[B, width] -> [B, EMBEDDING]."""
         hidden = nn.functional.gelu(self.enter[way](features))
-        embedding: Tensor = self.head[way](hidden)
-        return embedding if self.memory is None else embedding + self.memory.lookup(hidden, modality=way)
+        found = self.head[way](hidden)
+        if self.memory is not None:
+            found = found + self.memory.lookup(hidden, modality=way)
+        embedding: Tensor = found
+        return embedding
 
     def loss(self, batch: Mapping[str, Tensor], digits: Tensor) -> Tensor:
         """The mean of InfoNCE over all pairs of ways; pairs of one digit are right answers to each other."""
