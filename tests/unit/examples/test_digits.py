@@ -4,7 +4,7 @@ import io
 import math
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,15 @@ from digits.train import BATCH, batch
 
 RATE = 16000
 VOICE = Voice("de", "f1", 160)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What is computed here is small, and threads that wait for each other are slow where others work too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tone(*hz: float, seconds: float = 0.4, loud: float = 0.3) -> torch.Tensor:
