@@ -178,7 +178,7 @@ class Engine:
             clock=clock,
             runner=runner,
         )
-        self.meet = Meetings(lease_s=held_lease_s, clock=clock).meet
+        self.meet = Meetings(lease_s=held_lease_s, clock=clock, incarnation=info.incarnation).meet
         self._changes = Changes(self._tenancy)
         self._taking = None if store is None else self._snapshots(store, runner)
         self._answers = Answers(

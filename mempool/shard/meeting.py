@@ -6,6 +6,7 @@ The engine's thread has nothing to do with it: a shard that is at work is the ho
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 from mempool.agreement.groups.home import Groups
 from mempool.shard.bounds import check_rank
@@ -23,9 +24,11 @@ class Meetings:
         lease_s: Silence after which a rank is taken for dead.
         clock: Seconds, monotonic.
         wall_s: Seconds since 1970: what generations of groups that nothing is known of are told by.
+        incarnation: Of the shard.
     """
 
-    def __init__(self, *, lease_s: float, clock: Clock, wall_s: Clock = time.time) -> None:
+    def __init__(self, *, lease_s: float, clock: Clock, wall_s: Clock = time.time, incarnation: int = 0) -> None:
+        self._incarnation = incarnation
         self._groups = Groups(lease_s=lease_s)
         self._lease_s = lease_s
         self._clock = clock
@@ -36,6 +39,9 @@ class Meetings:
 
     async def meet(self, request: MeetRequest) -> MeetReply:
         """See ``Shard``."""
+        return replace(await self._met(request), home=self._incarnation)
+
+    async def _met(self, request: MeetRequest) -> MeetReply:
         check_rank(request.group, request.rank)
         came_s = self._now_s()
         end_s = came_s + LONGEST_WAIT_S

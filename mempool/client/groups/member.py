@@ -61,6 +61,7 @@ class Member:
         self._changed = changed
         self._home: ShardInfo | None = None
         self._number = 0
+        self._home_now = self._home_before = 0  # incarnations: that answered last, and before the last arrival
         self._beating: asyncio.Task[None] | None = None
         self._saying: set[asyncio.Task[None]] = set()
         self._base = MeetRequest(
@@ -131,6 +132,7 @@ class Member:
         clock = asyncio.get_running_loop()
         began_s = clock.time()
         self._number += 1
+        self._home_before = self._home_now
         self.waits = True
         offer = replace(offer, number=self._number)
         while True:
@@ -177,6 +179,8 @@ class Member:
         there, or may have been; None: the home does not answer."""
         with suppress(MempoolError):
             reply = await self._ask("beat", replace(self._base, number=self._number))
+            if reply.answer == "heard" and reply.home != self._home_before:
+                reply = replace(reply, answer="wait")  # an earlier home may have had all there
             self.waits = reply.answer == "wait"
             return reply
         return None
@@ -227,7 +231,9 @@ class Member:
                 step=self.steps,
                 word=self.word,
             )
-            return await self._router.dial(await self._found()).meet(request)
+            reply = await self._router.dial(await self._found()).meet(request)
+            self._home_now = max(self._home_now, reply.home)
+            return reply
 
         return await self._router.tries.run(f"group {self.joining.group}", once, refresh=self._look_again)
 

@@ -96,8 +96,8 @@ class SyncGroup:
         self, sessions: list[Session], *, want_norm: bool, norm_order: float, timeout_s: float | None
     ) -> list[Prepared | None]:
         async with self._meeting:
-            self._prepared = True
             while True:
+                self._prepared = True  # also where the group has begun anew meanwhile
                 if self._ended and not any(session.pending for session in sessions):
                     return [None for _ in sessions]  # of a step that is committed, which its commit then says
                 offer = self._offer(sessions, "prepare")

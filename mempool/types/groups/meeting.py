@@ -205,6 +205,7 @@ class MeetReply:
         others: Ranks that are waited for, or lost.
         undecided: Of "heard", to one that joins: what it asks for before anything else.
         ticket: Of "wait", to one that joins without one, or with an old one: it is to ask again with this.
+        home: The incarnation of the shard that answers: one with another has not heard what this one was told.
     """
 
     answer: MeetAnswer
@@ -216,3 +217,4 @@ class MeetReply:
     others: tuple[Seen, ...] = ()
     undecided: Undecided | None = None
     ticket: int = 0
+    home: int = 0

@@ -2021,6 +2021,7 @@ class MeetReply(_message.Message):
     OTHERS_FIELD_NUMBER: _builtins.int
     UNDECIDED_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    HOME_FIELD_NUMBER: _builtins.int
     answer: Global___MeetAnswer.ValueType
     """What it is told."""
     generation: _builtins.int
@@ -2032,6 +2033,10 @@ class MeetReply(_message.Message):
     ticket: _builtins.int
     """Not 0, with MEET_ANSWER_WAIT to a rank that joins: a ticket, to ask again with at once. Without one, or with an old
     one, nobody joins: a copy of what a process has said that is gone takes no living one's place.
+    """
+    home: _builtins.int
+    """The incarnation of the shard that answers. What a rank has arrived with, and heard no end of, may have been committed
+    where that is another one than answered last before.
     """
     @_builtins.property
     def arrivals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arrival]:
@@ -2064,10 +2069,11 @@ class MeetReply(_message.Message):
         others: _abc.Iterable[Global___SeenRank] | None = ...,
         undecided: Global___UndecidedStep | None = ...,
         ticket: _builtins.int = ...,
+        home: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["undecided", b"undecided", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrivals", b"arrivals", "generation", b"generation", "lease_s", b"lease_s", "others", b"others", "step", b"step", "ticket", b"ticket", "undecided", b"undecided", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrivals", b"arrivals", "generation", b"generation", "home", b"home", "lease_s", b"lease_s", "others", b"others", "step", b"step", "ticket", b"ticket", "undecided", b"undecided", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
