@@ -62,16 +62,25 @@ def run(
     ways: Mapping[str, Way], *, pool: mempool.Pool, options: argparse.Namespace, console: Console
 ) -> list[Direction]:
     """Trains towers on a table of their own, which is dropped at the end, and asks in all directions."""
-    torch.manual_seed(options.seed)
     table = pool.create_table(table_config(options.table))
     try:
-        towers = Towers({name: way.trained.features.shape[1] for name, way in ways.items()}, table)
-        progress = iter(track(range(options.steps), "training", console=console, transient=True))
-        train(towers, ways, steps=options.steps, seed=options.seed, on_step=lambda: next(progress))
-        next(progress, None)
-        return directions(towers, ways)
+        towers = trained(ways, table, options=options, console=console)
+        alone = trained(ways, None, options=options, console=console) if options.alone else None
+        return directions(towers, ways, alone=alone)
     finally:
         pool.drop_table(options.table)
+
+
+def trained(
+    ways: Mapping[str, Way], table: mempool.Table | None, *, options: argparse.Namespace, console: Console
+) -> Towers:
+    """Towers after their training, with a memory in a table or without one."""
+    torch.manual_seed(options.seed)
+    towers = Towers({name: way.trained.features.shape[1] for name, way in ways.items()}, table)
+    progress = iter(track(range(options.steps), "training", console=console, transient=True))
+    train(towers, ways, steps=options.steps, seed=options.seed, on_step=lambda: next(progress))
+    next(progress, None)
+    return towers
 
 
 def print_report(ways: Mapping[str, Way], found: Sequence[Direction], *, console: Console) -> None:
@@ -79,13 +88,16 @@ def print_report(ways: Mapping[str, Way], found: Sequence[Direction], *, console
     for name, way in ways.items():
         asked = "asked: the same" if way.asked is way.trained else f"asked: {len(way.asked.digits)} never seen"
         console.print(f"{name}: {way.trained.features.shape[1]} features; trained: {len(way.trained.digits)}; {asked}")
-    report = Table("direction", "questions", "gallery", "top-1", "linear probes", "chance")
+    with_alone = any(each.alone is not None for each in found)
+    columns = ["top-1", *(["without memory"] if with_alone else []), "linear probes", "chance"]
+    report = Table("direction", "questions", "gallery", *columns)
     for each in found:
+        parts = [each.top1, each.alone, each.probe, each.chance]
         report.add_row(
             f"{each.asked} -> {each.found}",
             str(each.questions),
             str(each.gallery),
-            *(f"{100 * part:.1f} %" for part in (each.top1, each.probe, each.chance)),
+            *(f"{100 * part:.1f} %" for part in parts if part is not None),
         )
     console.print(report)
 
@@ -97,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--address", metavar="HOST:PORT", help="a running pool; without it, one in this process")
     parser.add_argument("--table", default="digits", help="made at the start, dropped at the end (default: digits)")
     parser.add_argument("--steps", type=_steps, default=STEPS, help=f"of training (default: {STEPS})")
+    parser.add_argument("--alone", action="store_true", help="train and ask towers without a memory, too")
     parser.add_argument("--seed", type=int, default=0, help="of start and order (default: 0)")
     parser.add_argument(
         "--cache", type=Path, default=Path("out/digits"), help="folder of spoken words (default: out/digits)"

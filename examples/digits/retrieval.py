@@ -26,7 +26,8 @@ class Direction(NamedTuple):
     Attributes:
         questions: Items that ask.
         gallery: Items to be found among.
-        top1: Of the memory model.
+        top1: Of the towers with a memory between them.
+        alone: Of towers without; None where there are none.
         probe: Of the linear probes.
         chance: What a draw by lot has.
     """
@@ -36,16 +37,15 @@ class Direction(NamedTuple):
     questions: int
     gallery: int
     top1: float
+    alone: float | None
     probe: float
     chance: float
 
 
-def directions(towers: Towers, ways: Mapping[str, Way]) -> list[Direction]:
+def directions(towers: Towers, ways: Mapping[str, Way], *, alone: Towers | None = None) -> list[Direction]:
     """All of them, of items that training never saw (of words: of all)."""
-    towers.eval()
-    with torch.no_grad():
-        embedded = {name: towers.embed(name, way.asked.features) for name, way in ways.items()}
-    embedded = {name: torch.nn.functional.normalize(each, dim=1) for name, each in embedded.items()}
+    embedded = embeddings(towers, ways)
+    embedded_alone = None if alone is None else embeddings(alone, ways)
     probed = {name: probabilities(way) for name, way in ways.items()}
     found = []
     for one, other in permutations(ways, 2):
@@ -57,11 +57,22 @@ def directions(towers: Towers, ways: Mapping[str, Way]) -> list[Direction]:
                 questions=len(asked),
                 gallery=len(gallery),
                 top1=top1(embedded[one] @ embedded[other].T, asked, gallery),
+                alone=None
+                if embedded_alone is None
+                else top1(embedded_alone[one] @ embedded_alone[other].T, asked, gallery),
                 probe=top1(probed[one] @ probed[other].T, asked, gallery),
                 chance=float((asked[:, None] == gallery).double().mean()),
             )
         )
     return found
+
+
+@torch.no_grad()
+def embeddings(towers: Towers, ways: Mapping[str, Way]) -> dict[str, Tensor]:
+    """Of all that is asked, of length 1."""
+    towers.eval()
+    found = {name: towers.embed(name, way.asked.features) for name, way in ways.items()}
+    return {name: torch.nn.functional.normalize(each, dim=1) for name, each in found.items()}
 
 
 def top1(similarity: Tensor, asked: Tensor, gallery: Tensor) -> float:

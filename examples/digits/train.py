@@ -22,19 +22,20 @@ def train(
 ) -> float:
     """Answers the loss of the last step."""
     generator = torch.Generator().manual_seed(seed)
-    dense = torch.optim.AdamW(towers.parameters(), lr=_LR, weight_decay=0.01)
-    memory = optim.PoolOptimizer(towers)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(towers.parameters(), lr=_LR, weight_decay=0.01)]
+    if towers.memory is not None:
+        optimizers.append(optim.PoolOptimizer(towers))
     rising = max(1.0, _WARMUP * steps)
     schedulers = [
         torch.optim.lr_scheduler.LambdaLR(each, lambda step: min((step + 1) / rising, 1.0) * (1.0 - step / steps))
-        for each in (dense, memory)
+        for each in optimizers
     ]
     towers.train()
     loss = torch.zeros(())
     for _ in range(steps):
         loss = towers.loss(*batch(ways, generator))
         loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in (dense, memory):
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         for scheduler in schedulers:

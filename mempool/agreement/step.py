@@ -242,6 +242,7 @@ class StepOfTables:
         ):
             return
         self._owners = {table_id: placed[table_id] for table_id in self.tables}
+        self._rounds = 0  # updates that pages have left behind are sent once more, however often these move
         # What was prepared elsewhere is void; what was applied is told again, which is harmless.
         self._shards = {number: _Shard() for number in sorted({n for each in owners for n in each.shards})}
         self._norms = {}

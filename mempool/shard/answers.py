@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
+from mempool.errors import InvalidRequest
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.array_gathers import ArrayGathers
@@ -268,6 +269,10 @@ class Answers(RowAnswers):
             return self._updated(request, table, None, self._experts.again(table, request, held), caller)
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
+            if held.input_dim and request.want_weight_grad:
+                raise InvalidRequest(
+                    f"update {request.sequence} is held, of experts, and no act was given. Nothing was changed."
+                )
             update = held
         else:
             bounds.check_lookups(request.lookups)
@@ -363,7 +368,8 @@ class Answers(RowAnswers):
         if new is not None and not table.is_decided(request.step_id):
             self._tenancy.log.require(new.num_bytes)
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
-            table.storage.heat.used(new.bags.ids)
+            pairs = new.bags.num_pairs // 2 if new.input_dim else new.bags.num_pairs  # those of experts are there twice
+            table.storage.heat.used(new.bags.ids[:pairs])
             if self._tenancy.log.keeps:
                 self._tenancy.log.add(Held(table.table_id, request.step_id, request.sequence, new))
             self._tenancy.make_room()

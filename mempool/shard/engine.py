@@ -108,8 +108,7 @@ class Engine:
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
         version_memory_bytes: Of ``memory_bytes``, where pages leave it, for versions that are read; None: an eighth.
-        held_lease_s: Seconds of silence after which what a rank holds is dropped; a trainer that lives is asked for it
-            again.
+        held_lease_s: Seconds of silence after which what a rank holds is dropped; one that lives is asked for it again.
         max_message_bytes: What a message may have; larger ones are refused before any work. None: there is no message.
         max_answer_bytes: What values, scores and rows for a client may have, likewise; None: as much as a message.
         on_fatal: Told, on the engine's thread, why the shard cannot go on (a broken CUDA context, say): it has ended.

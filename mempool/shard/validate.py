@@ -189,6 +189,8 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
     dtype = _REPLIES.get(request.reply_dtype)
     if dtype is None:
         raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be one of {', '.join(_REPLIES)}")
+    if request.inputs is not None and not request.act:
+        raise InvalidRequest("inputs are of experts, and no act was given: give one, or leave out inputs")
     if reply_bytes is not None:
         # Of packed rows too: what they are made of is here as float32.
         bag_bytes = (4 if dtype == torch.float8_e4m3fn else dtype.itemsize) * table.width
@@ -210,6 +212,8 @@ def check_update(
     check_lookup_id(request.lookup_id)
     if request.want_weight_grad and request.ids is not None:
         check_reply(4 * request.ids.numel(), reply_bytes, f"the gradient of {request.ids.numel():,} weights")
+    if request.input_dim and not request.act:
+        raise InvalidRequest(f"input_dim = {request.input_dim} is of experts, and no act was given: give one, or 0")
     own = request.hold and not request.private
     _check_blocks(table, request.blocks, table.blocks)
     if (request.ids is None) != (request.offsets is None):

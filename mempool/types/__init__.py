@@ -13,8 +13,6 @@ from mempool.types.messages import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
-    PinReply,
-    PinRequest,
     PreparedPart,
     PreparePart,
     PrepareReply,
@@ -77,6 +75,7 @@ from mempool.types.pool import (
     TakeCheckpoint,
 )
 from mempool.types.protocols import AtOnceShard, PageHost, PoolApi, Shard, ShardHost
+from mempool.types.reading.pins import PinReply, PinRequest
 from mempool.types.schema import (
     ELEMENT_BYTES,
     FlatKeySpec,

@@ -17,8 +17,6 @@ from mempool.types.messages import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
-    PinReply,
-    PinRequest,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -58,6 +56,7 @@ from mempool.types.pool import (
     TableView,
     TakeCheckpoint,
 )
+from mempool.types.reading.pins import PinReply, PinRequest
 from mempool.types.schema import TableSchema
 from mempool.types.usage import UsageReply, UsageRequest
 

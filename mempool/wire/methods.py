@@ -36,6 +36,7 @@ from mempool.types.pool import (
     TableView,
     TakeCheckpoint,
 )
+from mempool.types.reading.pins import PinReply, PinRequest
 from mempool.types.schema import TableSchema
 from mempool.types.usage import UsageReply, UsageRequest
 from mempool.wire.codecs import lines, lookup, meeting, messages, pages, tables
@@ -117,7 +118,7 @@ STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
 )
 USAGE: Method[UsageRequest, UsageReply] = Method(MEMORY_SERVICE, "Usage", messages.USAGE_REQUEST, messages.USAGE_REPLY)
 MEET: Method[MeetRequest, MeetReply] = Method(MEMORY_SERVICE, "Meet", meeting.MEET_REQUEST, meeting.MEET_REPLY)
-PIN: Method[types.PinRequest, types.PinReply] = Method(MEMORY_SERVICE, "Pin", messages.PIN_REQUEST, messages.PIN_REPLY)
+PIN: Method[PinRequest, PinReply] = Method(MEMORY_SERVICE, "Pin", messages.PIN_REQUEST, messages.PIN_REPLY)
 OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
     MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
 )

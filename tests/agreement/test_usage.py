@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import mempool
@@ -142,6 +143,11 @@ def test_counts_go_with_a_rescale_a_checkpoint_a_fork_and_back(pools: Pools, tmp
         at_fork.table = table
         at_fork.step()
         at_fork.check()
+        file = tmp_path / "facts.safetensors"
+        pool.export_table("facts", file, state=True)
+        with safe_open(file, framework="pt") as tensors:
+            assert torch.equal(tensors.get_tensor("values.uses")[:, 0], at_fork.uses)
+        assert pool.import_table(file, name="again").usage().uses == 0  # as its optimizer's state begins anew
     for shards in (1, 3):
         (restored, _), other = pools.pool(shards).restore(tmp_path, tables=["facts", "plain"]), pools.pool(shards)
         pools.tables += [(other, restored), (other, other.table("plain"))]

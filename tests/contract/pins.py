@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mempool.types import GatherRequest, PinRequest, ReadRowsRequest, ScoreRequest
-from mempool.types.messages import PinAction
+from mempool.types.reading.pins import PinAction
 
 from .bags import make_bags
 from .driver import Driver

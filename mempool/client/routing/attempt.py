@@ -43,7 +43,8 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
-from mempool.types.messages import PinAction, ReplyDtype
+from mempool.types.messages import ReplyDtype
+from mempool.types.reading.pins import PinAction
 
 _SENT = "sent ids"
 SCORED_BYTES = 12

@@ -54,7 +54,7 @@ def drawn(
         )
     draws = torch.empty(0, dtype=torch.int64, device="cpu")
     if from_ is None and count:
-        numbers = torch.rand(count, dtype=torch.float64, generator=generator) * weight
+        numbers = torch.rand(count, dtype=torch.float64, device="cpu", generator=generator) * weight
         draws = numbers.to(torch.int64).clamp_(max=weight - 1).sort().values
     dead: list[Tensor] = []
     found: list[Tensor] = []
@@ -76,7 +76,7 @@ def drawn(
             f"{wanted.shape[0]:,}. Do it again while nobody trains. Nothing was changed."
         )
     if from_ is None:  # they ascend, as draws do, and are to be anybody's
-        given = given[torch.randperm(count, generator=generator)]
+        given = given[torch.randperm(count, dtype=torch.int64, device="cpu", generator=generator)]
     return Reinitialised(slots=wanted, from_=given)
 
 
@@ -90,7 +90,7 @@ def _counts(rows: Rows, num_slots: int) -> Iterator[tuple[Tensor, Tensor]]:
 def require_free(rows: Rows, width: int) -> None:
     """Ask all owners whether slots may begin anew. Raises StepConflict where a step is undecided."""
     nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-    rows.write("values", nothing, torch.empty(0, width, device="cpu"), fresh=True)
+    rows.write("values", nothing, torch.empty(0, width, dtype=torch.float32, device="cpu"), fresh=True)
 
 
 def copied(
@@ -102,7 +102,7 @@ def copied(
     for slots, from_ in zip(torch.split(chosen.slots, size), torch.split(chosen.from_, size), strict=True):
         taken = rows.read(array, from_).float()
         if noise:
-            taken += noise * torch.randn(taken.shape, generator=generator)
+            taken += noise * torch.randn(taken.shape, dtype=torch.float32, device="cpu", generator=generator)
         rows.write(array, slots, taken, fresh=array == "values")
 
 

@@ -93,7 +93,7 @@ class InfoNCE(nn.Module):
             ours, theirs = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
             logits = self.log_scale.float().exp() * (ours @ theirs.T)
             if labels is None:
-                right = torch.arange(a.shape[0], device=a.device)
+                right = torch.arange(a.shape[0], dtype=torch.int64, device=a.device)
             else:
                 same = (labels[:, None] == labels).to(logits)
                 right = same / same.sum(1, keepdim=True)

@@ -37,7 +37,7 @@ class HeadCounts:
     def add(self, ids: Tensor, num_bags: int) -> None:
         """Pairs whose gradient was pushed: [L] slots on the CPU, of each bag as many, those of the first head first."""
         by_head = ids.to(torch.int64).view(num_bags, self._heads, -1)
-        places = by_head + self._num_slots * torch.arange(self._heads, device="cpu")[:, None]
+        places = by_head + self._num_slots * torch.arange(self._heads, dtype=torch.int64, device="cpu")[:, None]
         with self._lock:
             self._uses.index_add_(0, places.view(-1), torch.ones(ids.shape[0], dtype=torch.int64, device="cpu"))
 

@@ -130,8 +130,12 @@ class ExpertAnswers:
         """What is answered of an update that is held. Raises InvalidRequest where it is none of such experts."""
         storage, input_dim, act = table.storage, request.input_dim, request.act
         _check_experts(storage, act, input_dim)
-        if held.bags.num_bags % 2 or held.bags.weights is None:
-            raise InvalidRequest(f"update {request.sequence} is held, and is none of experts. Nothing was changed.")
+        if held.input_dim != input_dim or held.bags.weights is None:
+            raise InvalidRequest(
+                f"update {request.sequence} is held, and is "
+                + (f"of experts of {held.input_dim} inputs, not {input_dim}" if held.input_dim else "none of experts")
+                + ". Nothing was changed."
+            )
         num_bags, num_pairs = held.bags.num_bags // 2, held.bags.num_pairs // 2
         of_u = held.bags.some(0, num_bags)
         grads = torch.cat([held.grads[:num_bags, :input_dim], held.grads[num_bags:, input_dim:]], dim=1)

@@ -4,6 +4,7 @@ Shapes and dtypes of tensors are checked here; what they must be in view of a ta
 """
 
 from mempool.types import messages as types
+from mempool.types.reading.pins import PinReply, PinRequest
 from mempool.types.usage import UsageReply, UsageRequest
 from mempool.wire.codecs.codec import INT64, PER_HEAD, SLOT_IDS, SUMS_DTYPE, FrameCodec, TensorField
 from mempool.wire.codecs.mirror import Choice, Converter, Mirror, Several
@@ -89,8 +90,8 @@ _PIN_ACTIONS = Choice(
         "release": pb.PIN_ACTION_RELEASE,
     }
 )
-PIN_REQUEST = FrameCodec(Mirror(pb.PinRequest, types.PinRequest, {**_REQUEST, "do": _PIN_ACTIONS}))
-PIN_REPLY = FrameCodec(Mirror(pb.PinReply, types.PinReply, _REPLY))
+PIN_REQUEST = FrameCodec(Mirror(pb.PinRequest, PinRequest, {**_REQUEST, "do": _PIN_ACTIONS}))
+PIN_REPLY = FrameCodec(Mirror(pb.PinReply, PinReply, _REPLY))
 STEP_COUNT_REQUEST = FrameCodec(Mirror(pb.StepCountRequest, types.StepCountRequest, _WRITE, optional=("write_id",)))
 STEP_COUNT_REPLY = FrameCodec(Mirror(pb.StepCountReply, types.StepCountReply, _REPLY))
 USAGE_REQUEST = FrameCodec(Mirror(pb.UsageRequest, UsageRequest, _REQUEST))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mempool.agreement.step import StepOfTables, TableStep
+from mempool.agreement.step import MAX_ROUNDS, StepOfTables, TableStep
 from mempool.agreement.step_events import (
     Begun,
     Commit,
@@ -20,12 +20,14 @@ from mempool.agreement.step_events import (
     Part,
     Placed,
     Prepare,
+    PrepareAnswered,
     Reached,
     SendAgain,
+    SentAgain,
 )
 from mempool.errors import Internal, StepConflict
-from mempool.types import StepId
-from tests.unit.agreement.step_by_events import NUMBERS, PLACES, SEQUENCES, Client, owners
+from mempool.types import PreparedPart, StepId
+from tests.unit.agreement.step_by_events import NUMBERS, PLACES, SEQUENCES, STAMP, Client, owners
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -222,6 +224,31 @@ def test_owners_of_keys_alone_are_asked_for_no_updates() -> None:
     prepare = step.next("prepared")
     assert isinstance(prepare, Prepare)
     assert {shard: parts[0].sequences for shard, parts in prepare.to.items()} == {0: (), 1: (1,)}
+
+
+def test_updates_that_pages_leave_behind_are_sent_as_often_as_these_move() -> None:
+    step = StepOfTables([TableStep(table_id=1, step_id=StepId(group="g", rank=0, step=1), sequences=(1,))])
+    step.handle(Begun())
+
+    def missed() -> None:
+        prepare = step.next("prepared")
+        assert isinstance(prepare, Prepare)
+        reply = (PreparedPart(stamp=STAMP, missing=(1,)),)
+        step.handle(PrepareAnswered(shard=0, parts=prepare.to[0], reply=reply, want_norm=False, norm_order=0.0))
+
+    def sent_again() -> None:
+        assert isinstance(step.next("prepared"), SendAgain)
+        step.handle(SentAgain())
+
+    for epoch in range(1, 3 * MAX_ROUNDS):
+        step.handle(Placed(owners=owners("one", epoch)[:1]))
+        missed()
+        sent_again()
+    for _ in range(MAX_ROUNDS - 1):  # without a move not so often
+        missed()
+        sent_again()
+    missed()
+    assert isinstance(step.next("prepared"), Fail)
 
 
 def test_a_table_that_was_dropped_leaves_the_step_to_the_others() -> None:

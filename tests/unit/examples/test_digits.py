@@ -4,7 +4,7 @@ import io
 import math
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from rich.console import Console
 
 import digits_in_three_ways
 import mempool
-from digits import data, spectrogram, speech
+from digits import data, retrieval, spectrogram, speech
 from digits.data import Items, build, scaled, spelled, written
 from digits.errors import DigitsError, needed
 from digits.retrieval import top1
@@ -22,6 +22,15 @@ from digits.train import BATCH, batch
 
 RATE = 16000
 VOICE = Voice("de", "f1", 160)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What is computed here is small, and threads that wait for each other are slow where others work too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tone(*hz: float, seconds: float = 0.4, loud: float = 0.3) -> torch.Tensor:
@@ -125,6 +134,7 @@ def test_three_ways_find_each_other_on_speakers_and_images_never_seen() -> None:
     assert "sound: 576 features; trained: 120; asked: 40 never seen" in printed
     assert "text: 256 features; trained: 20; asked: the same" in printed
     assert len(found) == 6
+    assert {each.alone for each in found} == {None}
     for each in found:
         assert each.chance == pytest.approx(0.1, abs=0.01)
         assert each.top1 > 0.6, each
@@ -153,6 +163,19 @@ def test_top1_counts_digits() -> None:
     similarity = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.4, 0.6]])
     assert top1(similarity, torch.tensor([7, 3]), torch.tensor([3, 7, 3])) == 1.0
     assert top1(similarity, torch.tensor([3, 3]), torch.tensor([3, 7, 3])) == 0.5
+
+
+def test_towers_without_a_memory_are_asked_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "probabilities", lambda way: torch.nn.functional.one_hot(way.asked.digits).double())
+    items = Items(torch.eye(10).repeat(2, 1), torch.arange(10).repeat(2))
+    ways = {name: data.Way(items, items) for name in ("one", "other")}
+    options = digits_in_three_ways._parser().parse_args(["--steps", "20", "--alone"])
+    console = Console(record=True, width=120, file=io.StringIO())
+    with mempool.local() as pool:
+        found = digits_in_three_ways.run(ways, pool=pool, options=options, console=console)
+    digits_in_three_ways.print_report(ways, found, console=console)
+    assert "top-1   ┃ without memory ┃ linear probes" in console.export_text()
+    assert [(each.alone, each.top1, each.probe) for each in found] == [(1.0, 1.0, 1.0)] * 2
 
 
 def test_what_is_missing_is_said(

@@ -51,6 +51,46 @@ def test_inputs_of_other_dtypes_are_refused(make_driver: MakeDriver, dtype: torc
     assert driver.call(driver.host(0).status()).context_bytes == 0
 
 
+def test_what_is_of_experts_is_refused_without_an_act(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(SCHEMA)
+    with pytest.raises(InvalidRequest, match="inputs are of experts, and no act was given"):
+        driver.call(driver.host(0).gather(asked(driver, act="")))
+    with pytest.raises(InvalidRequest, match="input_dim = 3 is of experts, and no act was given"):
+        driver.call(driver.host(0).update(update_of(driver, act="")))
+    assert driver.status(0).updates_held == 0
+
+
+def test_a_repeat_is_answered_as_what_is_held_or_refused(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(SCHEMA)
+    first = driver.call(driver.host(0).update(update_of(driver)))
+    assert torch.equal(driver.call(driver.host(0).update(update_of(driver))).weight_grad, first.weight_grad)
+    for changes, message in (
+        ({"act": "", "input_dim": 0}, "is held, of experts, and no act was given"),
+        ({"input_dim": 4}, "of experts of 3 inputs, not 4"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            driver.call(driver.host(0).update(update_of(driver, **changes)))
+    bags = make_bags(1, lengths=LENGTHS)
+    driver.call(driver.host(0).update(driver.update_request(0, 1, 2, BOTH, bags=bags)))
+    with pytest.raises(InvalidRequest, match="is held, and is none of experts"):
+        driver.call(driver.host(0).update(update_of(driver, 2)))
+
+
+def test_pages_are_as_warm_by_experts_as_by_values(make_driver: MakeDriver) -> None:
+    counted = []
+    for of_experts in (True, False):
+        driver = make_driver().create(SCHEMA)
+        engine: Any = driver.host(0)
+        heat = engine._tenancy.tables[driver.table_id].storage.heat
+        heat.due = 1  # the first call is looked at
+        bags = make_bags(1, lengths=LENGTHS)
+        update = update_of(driver) if of_experts else driver.update_request(0, 1, 1, BOTH, bags=bags)
+        driver.call(engine.update(update))
+        counted.append(heat.now().tolist())
+    assert counted[0] == counted[1]
+    assert sum(counted[0]) > 0
+
+
 def test_experts_that_are_asked_for_at_once_are_no_values(make_driver: MakeDriver) -> None:
     driver = make_driver().create(SCHEMA)
     engine = driver.host(0)
