@@ -42,7 +42,7 @@ def table(
         from mempool.checkpoint.format.schema_json import schema_json
         from mempool.cli import documents
         from mempool.cli.target import connected, find_target
-        from mempool.errors import NotFound
+        from mempool.errors import DataLoss, NotFound
 
         target = find_target(file, pool, address)
         now = target.status()
@@ -51,18 +51,25 @@ def table(
             listed = ", ".join(view.schema.name for view in now.tables) or "none"
             raise NotFound(f"pool {now.name!r} at {target.address} has no table {name!r}; it has {listed}")
         usage: Usage | None = None
+        unknown = "it is not counted how its slots are used: a table that is made with usage: true does that"
         if view.schema.usage:
-            with connected(target, timeout_s=TIMEOUT_S) as client:
-                usage = client.table(name).usage(older_than=older_than)
+            try:
+                with connected(target, timeout_s=TIMEOUT_S) as client:
+                    usage = client.table(name).usage(older_than=older_than)
+            except DataLoss as error:  # which of its pages are gone is shown all the same
+                unknown = f"it cannot be told how its slots were used: {error}"
         document = documents.table(view, now)
         if as_json:
             schema = schema_json(view.schema)
             print_document({**document, "schema": schema, "usage": None if usage is None else asdict(usage)})
         else:
-            _show(view.schema, document, usage, where=f"pool {now.name} at {target.address}")
+            _show(
+                view.schema, document, unknown if usage is None else usage, where=f"pool {now.name} at {target.address}"
+            )
 
 
-def _show(schema: TableSchema, document: dict[str, Any], usage: Usage | None, *, where: str) -> None:
+def _show(schema: TableSchema, document: dict[str, Any], usage: Usage | str, *, where: str) -> None:
+    """usage: Or why it is not known."""
     from mempool.cli.show import counted, grid, screen, size
 
     console = screen()
@@ -82,8 +89,8 @@ def _show(schema: TableSchema, document: dict[str, Any], usage: Usage | None, *,
         row = (f"{shard['pages']:,}", f"{shard['share']:.1%}", shard["blocks"], memory)
         shards.add_row(str(shard["shard"]), *row, style="red" if shard["lost_pages"] else None)
     console.print(shards)
-    if usage is None:
-        console.print("it is not counted how its slots are used: a table that is made with usage: true does that")
+    if isinstance(usage, str):
+        console.print(usage)
     else:
         _show_usage(console, usage)
 

@@ -267,6 +267,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(pools: Pools) -> None:
         ({"slots": [1, 2], "from_": [3, 2]}, "slot 2 is in slots and in from_"),
         ({"slots": [1], "from_": [3], "noise": -1.0}, "noise = -1.0 must be the standard deviation"),
         ({"slots": [1], "from_": [3], "noise": math.nan}, "noise = nan"),
+        ({"slots": [1], "from_": [3], "noise": 1e39}, "noise = 1e.39 must be .* at most 1e.37"),
         ({"slots": [1], "from_": [3], "seed": -1}, "seed = -1 must be a whole number"),
         ({"slots": [1], "from_": [3], "seed": 0.5}, "seed = 0.5 must be"),
     ]

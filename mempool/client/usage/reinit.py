@@ -3,7 +3,6 @@
 All is drawn from a seed, so that whoever was cut off, and says the same again, writes the same.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ _SLOTS_AT_ONCE = 2**20
 """Whose counts are here together."""
 _ROWS_BYTES = 16 * 2**20
 """Of rows that are on their way together."""
+_MOST_NOISE = 1e37
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,10 +144,10 @@ def require_dead(rows: Rows, slots: Tensor, *, table: str) -> None:
 def checked_noise(noise: float, *, table: str) -> float:
     """A standard deviation. Raises InvalidRequest for what is none."""
     number = as_number(noise)
-    if not (math.isfinite(number) and number >= 0.0):
+    if not 0.0 <= number <= _MOST_NOISE:
         raise InvalidRequest(
-            f"table {table!r}: noise = {noise!r} must be the standard deviation of what is added, a finite number "
-            "of at least 0. Nothing was changed."
+            f"table {table!r}: noise = {noise!r} must be the standard deviation of what is added, a number of at least "
+            f"0, and at most {_MOST_NOISE:g}, which float32 can hold some times over. Nothing was changed."
         )
     return number
 

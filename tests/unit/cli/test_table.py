@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import mempool
+from mempool.wire.channels.loop import run
 from tests.support.serving import ServedPool
 
 from .conftest import Command
@@ -70,3 +71,19 @@ def test_for_people(served: ServedPool, command: Command) -> None:
     assert "it is not counted how its slots are used" in plain
     missing = command("table", "nobody", "--address", served.address, expect=1)
     assert "has no table 'nobody'; it has facts, plain" in missing.stderr
+
+
+def test_a_table_that_has_lost_pages_is_shown(served: ServedPool, command: Command) -> None:
+    train(served.address)
+
+    async def restart() -> None:
+        await served.stop(served.shards[0].info)
+        await served.controller.shard_restarted(await served.start(0))
+
+    run(restart(), timeout_s=30)
+    shown = command("table", "facts", "--address", served.address).stdout
+    assert "lost" in shown
+    assert "it cannot be told how its slots were used: " in shown
+    document = json.loads(command("table", "facts", "--address", served.address, "--json").stdout)
+    assert document["usage"] is None
+    assert document["lost_pages"] > 0
