@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import mempool
+from mempool.agreement.groups.home import Groups
 from mempool.client import Pool
 from mempool.errors import MempoolError, RankLost
 from mempool.wire.channels.loop import run
@@ -270,6 +271,70 @@ def test_a_rank_that_hears_late_of_a_generation_that_it_is_in_stays_where_it_is(
         run(member.hear(), 10.0)  # behind what has come late
         ranks.each(lambda rank, pool: step(pool, 2, rank=rank, world_size=2))
         check(ranks, 3)
+
+
+def test_what_may_be_committed_at_an_earlier_home_is_not_dropped(here: GrpcPoolHere) -> None:
+    """All were there, the leader has committed, and the home forgot all of it before the other rank heard."""
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        second = ranks.pools[1].table("facts")
+        meetings: Any = here._engines[0].meet.__self__  # type: ignore[attr-defined]
+        member = second.link.session.coordinator.group.member
+        ask, lost = member._ask, []
+
+        async def once_lost(kind: Any, offer: Any = None) -> Any:
+            reply = await ask(kind, offer)
+            if kind != "arrive" or reply.answer != "word" or lost:
+                return reply
+            lost.append(reply)
+            meetings._groups, meetings._incarnation = Groups(lease_s=LEASE_S), meetings._incarnation + 1
+            return await ask(kind, offer)
+
+        member._ask = once_lost
+        stands_still(ranks, 0)
+        push(second, 1, rank=1, world_size=2)
+
+        def miss() -> None:
+            with pytest.raises(RankLost):
+                second.commit()
+
+        together([lambda: step(ranks.pools[0], 1, rank=0, world_size=2), miss])
+        assert second.discard() == 0
+        assert second.pending == 1
+
+        def go_on() -> int:
+            assert commit(ranks.pools[1]) == 1
+            return step(ranks.pools[1], 2, rank=1, world_size=2)
+
+        assert together([lambda: step(ranks.pools[0], 2, rank=0, world_size=2), go_on]) == [1, 1]
+        check(ranks, 3)
+
+
+def test_a_norm_is_asked_for_again_also_where_the_group_had_begun_anew_before_it_was_known(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        second = ranks.pools[1].table("facts")
+        push(second, 1, rank=1, world_size=2)
+
+        def lead() -> int:
+            for _ in range(2):
+                time.sleep(0.5)  # the other has come, for the norm, and then to commit
+                ranks.kill(0)
+                ranks.come_back(0)
+                table = ranks.pools[0].table("facts")
+                push(table, 1, rank=0, world_size=2)
+                _until_back(table.prepare)
+            return commit(ranks.pools[0])
+
+        def follow() -> int:
+            _until_back(second.prepare)
+            with pytest.raises(RankLost):
+                second.commit()
+            _until_back(second.prepare)
+            return commit(ranks.pools[1])
+
+        assert together([lead, follow]) == [1, 1]
+        check(ranks, 2)
 
 
 def _until_back(call: Callable[[], Any]) -> None:
