@@ -310,33 +310,6 @@ def test_what_may_be_committed_at_an_earlier_home_is_not_dropped(here: GrpcPoolH
         check(ranks, 3)
 
 
-def test_a_norm_is_asked_for_again_also_where_the_group_had_begun_anew_before_it_was_known(here: GrpcPoolHere) -> None:
-    with Ranks(here, [config()], world_size=2) as ranks:
-        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
-        second = ranks.pools[1].table("facts")
-        push(second, 1, rank=1, world_size=2)
-
-        def lead() -> int:
-            for _ in range(2):
-                time.sleep(0.5)  # the other has come, for the norm, and then to commit
-                ranks.kill(0)
-                ranks.come_back(0)
-                table = ranks.pools[0].table("facts")
-                push(table, 1, rank=0, world_size=2)
-                _until_back(table.prepare)
-            return commit(ranks.pools[0])
-
-        def follow() -> int:
-            _until_back(second.prepare)
-            with pytest.raises(RankLost):
-                second.commit()
-            _until_back(second.prepare)
-            return commit(ranks.pools[1])
-
-        assert together([lead, follow]) == [1, 1]
-        check(ranks, 2)
-
-
 def _until_back(call: Callable[[], Any]) -> None:
     end_s = time.monotonic() + 30.0
     while True:
