@@ -16,8 +16,8 @@ SEEN_AT = {
 }
 
 FOUND_AT = (278, 3538, 8897, 9390)
-"""Numbers passed over one by one; rounds that moves used up; a norm that nobody asked for anew; a drop of what an earlier
-home had let be committed."""
+"""Numbers passed over one by one; rounds that moves used up; a norm that nobody asked for anew; a drop of what an
+earlier home had let be committed."""
 
 
 @pytest.fixture(scope="module", autouse=True)
