@@ -16,6 +16,7 @@ Read the parts in this order: comparison/blocks, training, facts_task, language_
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -81,7 +82,8 @@ def compare(options: argparse.Namespace, pool: mempool.Pool, console: Console, *
     sizes = sizes or Sizes()
     parts = chosen(options.parts, PARTS, what="part")
     kinds = chosen(options.models, KINDS, what="model")
-    figures: dict[str, Any] = {}
+    path = options.out / "figures.json"
+    figures: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}  # other parts stay
     if set(parts) - {"language"}:
         book = build_facts(options.facts, seed=0) if options.facts_file is None else read_facts(options.facts_file)
         comparison = FactsComparison(book, options, pool, console, sizes)
@@ -93,7 +95,6 @@ def compare(options: argparse.Namespace, pool: mempool.Pool, console: Console, *
             figures["options"] = comparison.options()
     if "language" in parts:
         figures["language"] = compare_language(kinds, options, pool, console, sizes)
-    path = options.out / "figures.json"
     report.write_json(figures, path)
     console.print(f"all figures: {path}")
 

@@ -150,6 +150,10 @@ def test_the_command_prints_goes_on_and_refuses_other_settings(
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures["facts"]["memory+1"]["runs"]) == 2
     assert list(figures["scaling"]) == ["1024"]
+    options.parts = "scaling"
+    compare_models.compare(options, pool, console, sizes=SMALL)
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    options.parts = "facts,scaling"
     runs = sorted(tmp_path.rglob("seed-*.json"))
     runs[0].unlink()
     again = Console(record=True, width=200)
