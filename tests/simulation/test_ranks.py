@@ -11,7 +11,7 @@ SEEN_AT = {
     "lease of a rank": 1,
     "sending again": 4,
     "end of earlier generations": 16,
-    "arrivals that are not given back": 10,
+    "arrivals that are not given back": 11,
     "ticket of a join": 13,
 }
 

@@ -436,5 +436,5 @@ def test_copying_and_pickling_are_refused() -> None:
 
 def test_optim_offers_the_shards_optimizers_and_the_trainers() -> None:
     shards = {"SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "RowWiseAdam"}
-    assert set(mempool.optim.__all__) == shards | {"JointOptimizer", "PoolOptimizer"}
+    assert set(mempool.optim.__all__) == shards | {"JointOptimizer", "PoolOptimizer", "ValueLR"}
     assert mempool.optim.Adagrad(lr=0.1).spec().algorithm == "adagrad"
