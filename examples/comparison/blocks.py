@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mempool
+from facts.model import DenseBlock
 from mempool import nn as memory_nn
 from mempool import optim
 
@@ -153,20 +154,6 @@ def plan(kind: str, sizes: Sizes, *, ngram_tokens: float = 1.0) -> Plan:
     return Plan(tuple(parts), read, hidden, total(hidden))
 
 
-class FeedForward(nn.Module):
-    """Up, silu, down."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
-        out: Tensor = self.down(F.silu(self.up(x)))
-        return out
-
-
 class Mixture(nn.Module):
     """Two of E feed-forward experts for each token, weighted by a softmax over these two; Switch's balance loss.
 
@@ -177,7 +164,7 @@ class Mixture(nn.Module):
     def __init__(self, dim: int, hidden: int, experts: int) -> None:
         super().__init__()
         self.router = nn.Linear(dim, experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(dim, hidden) for _ in range(experts))
+        self.experts = nn.ModuleList(DenseBlock(dim, hidden=hidden) for _ in range(experts))
         self.extra_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,7 +258,7 @@ class Blocks(nn.Module):
         self.plan, self._middle = plan, sizes.middle
         self.norms = nn.ModuleList(nn.LayerNorm(sizes.dim) for _ in plan.parts)
         makes: dict[str, Callable[[], nn.Module]] = {
-            "dense": lambda: FeedForward(sizes.dim, plan.hidden),
+            "dense": lambda: DenseBlock(sizes.dim, hidden=plan.hidden),
             "moe": lambda: Mixture(sizes.dim, plan.hidden, sizes.experts),
         }
         common: dict[str, Any] = {
