@@ -19,6 +19,9 @@ from tests.agreement.ranks import Ranks, push, together
 from tests.agreement.test_lost_ranks import LEASE_S, SLOTS, check, commit, config, cut_off, step
 from tests.unit.client.grpc_pool import GrpcPoolHere
 
+# On a machine that stands still for most of their short lease too: all is sent again, and checked.
+pytestmark = pytest.mark.filterwarnings("ignore:.*this process was silent")
+
 
 @pytest.fixture
 def here() -> Iterator[GrpcPoolHere]:
@@ -42,7 +45,6 @@ def held(ranks: Ranks) -> int:
     return sum(table.updates_held for shard in status.shards for table in shard.tables)
 
 
-@pytest.mark.filterwarnings("ignore:a step of table")  # as it was silent
 def test_a_leader_that_stood_still_between_its_prepare_and_its_commit_commits_nothing_of_before(
     here: GrpcPoolHere,
 ) -> None:
@@ -195,7 +197,6 @@ def test_a_step_that_a_dead_leader_had_given_another_number_is_given_back(here: 
             time.sleep(0.05)
 
 
-@pytest.mark.filterwarnings("ignore:a step of table")  # as it was silent
 @pytest.mark.parametrize("stands_in", ["commit_own", "prepare_own"])
 def test_a_call_after_an_error_is_not_answered_with_what_came_of_another(here: GrpcPoolHere, stands_in: str) -> None:
     """The leader is silent for its lease in a commit, and the other rank asks for a norm first, as its loop does; or it

@@ -328,7 +328,8 @@ def notices_of(joint: Joint, heartbeats: Heartbeats, names: Callable[[Collection
     }
     for dropped in joint.dropped:
         silence_s = max(silences_s[shard] for shard in dropped.shards)
-        was_heard = silence_s < heartbeats.lease_s / 2
+        # A heartbeat may have reached the shard up to a third of the lease, all that it has, before it was answered.
+        was_heard = silence_s < heartbeats.lease_s * 2 / 3
         if dropped.table_id is None and was_heard:
             continue  # pages moved while nobody knew whether it was decided
         what = (
