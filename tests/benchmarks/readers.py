@@ -1,8 +1,9 @@
 """Readers at a version beside training: is each look-up bitwise of its version, and what does a step pay for it?
 
-``python -m tests.benchmarks.readers --lookups 100000`` trains an embedded table in blocks of steps, by turns alone,
-with a version pinned that nobody reads, with a reader of the newest version, and with a reader of a pinned one; so all
-four see the same noise. What a version is, is read of the newest one, between two steps, before it is left behind.
+``python -m tests.benchmarks.readers --lookups 100000`` serves a pool from processes of its own and trains a table of it
+in blocks of steps, by turns alone, with a version pinned that nobody reads, with a reader of the newest version, and
+with a reader of a pinned one; so all four see the same noise. The reader is a process, as one that evaluates is. What a
+version is, it reads of the newest one, between two steps, before it is left behind.
 """
 
 import argparse
@@ -10,24 +11,27 @@ import statistics
 import threading
 import time
 from collections import defaultdict
+from contextlib import closing, nullcontext
+from typing import Any
 
 import torch
 
 import mempool
+from mempool.bench.processes.child import Child, Parent
+from mempool.bench.processes.pool import connected, pool_process
 from mempool.client import Table
 
-SLOTS, WIDTH = 2**16, 64
+NAME, SLOTS, WIDTH = "facts", 2**16, 64
 BAGS, PAIRS = 512, 8
 """Of a step."""
 LOOKUP = 64
 """Rows of a look-up, one a bag."""
-STEPS = 40
-"""Of a block."""
 MODES = ("alone", "pinned", "newest read", "version read")
+READ = ("newest read", "version read")
 
 
-class Reader:
-    """Looks up rows on a thread of its own, and compares them.
+class Lookups:
+    """Looks up rows on a thread of its own, until it is closed, and compares them.
 
     Args:
         table: Where.
@@ -40,6 +44,7 @@ class Reader:
         self._stop = threading.Event()
         self.lookups = self.wrong = 0
         self._thread = threading.Thread(target=self._read)
+        self._thread.start()
 
     def _read(self) -> None:
         random, next_s = torch.Generator().manual_seed(1), time.monotonic()
@@ -54,21 +59,60 @@ class Reader:
                     next_s += 1 / self._rate
                     self._stop.wait(max(0.0, next_s - time.monotonic()))
 
-    def __enter__(self) -> "Reader":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def read(parent: Parent, *, address: str, rate: float) -> None:
+    """[CHILD] for each mode that it hears: says "ready", reads until it hears anything, says (look-ups, wrong)."""
+    torch.set_num_threads(1)
+    with connected(address, near=True) as pool:
+        table = pool.table(NAME)
+        while (mode := parent.hear()) is not None:
+            rows = table.rows(torch.arange(SLOTS)) if mode == "version read" else None
+            with table.at() if mode == "version read" else nullcontext(table) as seen:
+                with closing(Lookups(seen, rows, rate)) as lookups:
+                    parent.say("ready")
+                    parent.hear()
+                parent.say((lookups.lookups, lookups.wrong))
+
+
+class Trainer:
+    """Blocks of steps, and how long each took.
+
+    Args:
+        table: Trained.
+        compute_s: What a step computes besides.
+    """
+
+    def __init__(self, table: Table, compute_s: float) -> None:
+        self._table, self._compute_s = table, compute_s
+        self._dense = torch.randn(256, 256)
+        self.times: dict[str, list[float]] = defaultdict(list)
+
+    def steps(self, mode: str, count: int) -> None:
+        self.times[mode] += [self._step() for _ in range(count)]
+
+    def _step(self) -> float:
+        began_s = time.perf_counter()
+        ids = torch.randint(0, SLOTS, (BAGS, PAIRS))
+        loss = self._table.gather(ids, torch.rand(BAGS, PAIRS)).square().mean()
+        computing_s = time.perf_counter()
+        while time.perf_counter() - computing_s < self._compute_s:
+            self._dense @ self._dense
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._table.commit(lr=0.1)
+        return time.perf_counter() - began_s
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lookups", type=int, default=100_000)
-    parser.add_argument("--rate", type=float, default=500.0, help="look-ups a second of a reader; 0: no limit")
+    parser.add_argument("--rate", type=float, default=200.0, help="look-ups a second of a reader; 0: no limit")
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=MODES[1:], help="beside alone")
-    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=40, help="of a block")
     parser.add_argument("--compute-ms", type=float, default=15.0, help="what a step computes besides")
     parser.add_argument("--limit-s", type=float, default=1800.0, help="after so long what was seen by then is told")
     options = parser.parse_args()
@@ -76,48 +120,48 @@ def main() -> int:
     if "version read" not in modes:
         parser.error("--modes without 'version read' has no look-ups to count")
     torch.set_num_threads(1)
-    times: dict[str, list[float]] = defaultdict(list)
-    lookups = wrong = kept_bytes = 0
-    everything = torch.arange(SLOTS)
-    dense = torch.randn(256, 256)
-    with mempool.local(shards=options.shards, timeout_s=120.0) as pool:
-        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=SLOTS, value_dim=WIDTH))
+    counts: dict[str, list[float]] = {mode: [0, 0, 0.0] for mode in READ}
+    """Look-ups, wrong ones, seconds."""
+    with pool_process(shards=options.shards) as served, connected(served.address, near=True) as pool:
+        table = pool.create_table(mempool.TableConfig(name=NAME, num_slots=SLOTS, value_dim=WIDTH))
+        trainer = Trainer(table, options.compute_ms / 1e3)
+        trainer.steps("warm-up", 20)
+        with Child("tests.benchmarks.readers:read", {"address": served.address, "rate": options.rate}) as reader:
+            ends_s, kept_bytes = time.monotonic() + options.limit_s, 0
+            while counts["version read"][0] < options.lookups and time.monotonic() < ends_s:
+                for mode in modes:
+                    with table.at() if mode == "pinned" else nullcontext():
+                        if mode in READ:
+                            _counted(reader, mode, lambda mode=mode: trainer.steps(mode, options.steps), counts[mode])
+                        else:
+                            trainer.steps(mode, options.steps)
+                        kept_bytes = max(kept_bytes, sum(shard.version_bytes for shard in pool.status().shards))
+    _tell(modes, trainer.times, counts, kept_bytes)
+    return 1 if counts["version read"][1] else 0
 
-        def step() -> float:
-            began_s = time.perf_counter()
-            ids = torch.randint(0, SLOTS, (BAGS, PAIRS))
-            loss = table.gather(ids, torch.rand(BAGS, PAIRS)).square().mean()
-            while time.perf_counter() - began_s < options.compute_ms / 1e3:
-                dense @ dense
-            loss.backward()
-            table.commit(lr=0.1)
-            return time.perf_counter() - began_s
 
-        for _ in range(10):
-            step()
-        ends_s = time.monotonic() + options.limit_s
-        while lookups < options.lookups and time.monotonic() < ends_s:
-            for mode in modes:
-                seen = table.at() if mode in ("pinned", "version read") else None
-                if mode in ("alone", "pinned"):
-                    times[mode] += [step() for _ in range(STEPS)]
-                else:
-                    rows = table.rows(everything) if seen is not None else None
-                    with Reader(seen or table, rows, options.rate) as reader:
-                        times[mode] += [step() for _ in range(STEPS)]
-                    if seen is not None:
-                        lookups, wrong = lookups + reader.lookups, wrong + reader.wrong
-                kept_bytes = max(kept_bytes, sum(shard.version_bytes for shard in pool.status().shards))
-                if seen is not None:
-                    seen.close()
+def _counted(reader: Child, mode: str, work: Any, counts: list[float]) -> None:
+    """What the reader did while this worked."""
+    reader.say(mode)
+    assert reader.hear() == "ready"
+    began_s = time.monotonic()
+    work()
+    reader.say("enough")
+    lookups, wrong = reader.hear()
+    for place, each in enumerate((lookups, wrong, time.monotonic() - began_s)):
+        counts[place] += each
+
+
+def _tell(modes: list[str], times: dict[str, list[float]], counts: dict[str, list[float]], kept_bytes: int) -> None:
     medians = {mode: statistics.median(times[mode]) for mode in modes}
     for mode, median_s in medians.items():
+        read = f"; {counts[mode][0] / counts[mode][2]:.0f} look-ups a second" if mode in READ else ""
         print(
             f"{mode:14} {1e3 * median_s:8.2f} ms a step (median of {len(times[mode]):,}), "
-            f"{median_s / medians['alone']:.3f} times as long as alone"
+            f"{median_s / medians['alone']:.3f} times as long as alone{read}"
         )
+    lookups, wrong, _ = counts["version read"]
     print(f"{lookups:,} look-ups of versions, {wrong} of them wrong; {kept_bytes / 2**20:.1f} MiB were kept at most")
-    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
