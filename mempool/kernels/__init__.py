@@ -25,6 +25,7 @@ from mempool.kernels.dispatch import (
     gather_rows,
     initial_values,
     optimizer_step,
+    parts_topk,
     product_gradient,
     product_indices,
     product_select,
@@ -54,7 +55,7 @@ from mempool.kernels.steps import (
     RandomRounding,
 )
 from mempool.kernels.torch_ops.packing import pack_rows, pick_blocks, unpack_rows
-from mempool.kernels.warming import SCORING, Needs, warm_up
+from mempool.kernels.warming import SCORING, SCORING_PARTS, Needs, warm_up
 
 __all__ = [
     "ALGORITHMS",
@@ -67,6 +68,7 @@ __all__ = [
     "NO_MOMENTUM",
     "RUN_PIECE",
     "SCORING",
+    "SCORING_PARTS",
     "STATE_NAMES",
     "Algorithm",
     "Dealt",
@@ -97,6 +99,7 @@ __all__ = [
     "num_blocks",
     "optimizer_step",
     "pack_rows",
+    "parts_topk",
     "pick_blocks",
     "product_gradient",
     "product_indices",

@@ -183,6 +183,22 @@ def check_product_keys(queries: Tensor, keys: Tensor, k: int, stride: int) -> No
     check_product_selection(num_keys, k, stride)
 
 
+def check_parts(queries: Tensor, keys: Tensor, k: int, ranges: tuple[tuple[int, int], ...]) -> None:
+    """[B, H, P * d] queries against some of [H, P, n, d] half-keys."""
+    if queries.dim() != 3 or keys.dim() != 4:
+        raise ValueError(
+            f"queries must be [B, H, P * d] and keys [H, P, n, d], got {list(queries.shape)} and {list(keys.shape)}"
+        )
+    num_queries, num_heads, _ = queries.shape
+    _, parts, num_keys, width = keys.shape
+    _check("queries", queries, (num_queries, num_heads, parts * width), torch.float32, queries.device)
+    _check("keys", keys, (num_heads, parts, num_keys, width), torch.float32, queries.device)
+    if len(ranges) != parts or not all(0 <= first < end <= num_keys for first, end in ranges):
+        raise ValueError(f"ranges must be (first, end) of each of {parts} parts, within {num_keys}; got {ranges}")
+    if not 1 <= k <= math.prod(end - first for first, end in ranges):
+        raise ValueError(f"k must lie in 1..products of ranges {ranges}, got {k}")
+
+
 def check_product_selection(num_keys: int, k: int, stride: int) -> None:
     """k winners among n * n products, ids that do not collide."""
     if not 1 <= k <= num_keys * num_keys:

@@ -99,6 +99,9 @@ class Implementation(Protocol):
     def product_topk(
         self, queries: Tensor, keys: Tensor, k: int, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def parts_topk(
+        self, queries: Tensor, keys: Tensor, k: int, ranges: tuple[tuple[int, int], ...]
+    ) -> tuple[Tensor, Tensor] | None: ...
     def product_gradient(
         self, queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor
     ) -> tuple[Tensor, Tensor]: ...

@@ -42,6 +42,7 @@ class Needs:
         device: Type of the device of its arenas.
         ids: In which slot ids are kept: what bags and commits are given. Rows are read by int64 in any case.
         scoring: Product-key scoring in a trainer, with its gradient, instead of a table.
+        parts: Of keys of more than two parts, too.
     """
 
     element: Element = "float32"
@@ -53,12 +54,13 @@ class Needs:
     device: str = "cpu"
     ids: Literal["int32", "int64"] = "int32"
     scoring: bool = False
+    parts: bool = False
 
 
 def calls_of(needs: Needs) -> tuple[str, ...]:
     """Names of the calls that need all of these kernels, those that take long to compile first."""
     if needs.scoring:
-        return ("product_topk", "product_gradient")
+        return ("product_topk", "product_gradient", *(["parts_topk"] if needs.parts else []))
     if needs.device != "cpu":  # initial values are drawn on the CPU in any case
         return ("initial_values",)
     names = ["step", "weighted_sum"]
@@ -77,6 +79,8 @@ def call(name: str, needs: Needs) -> None:
 
 SCORING = Needs(scoring=True)
 """Of a trainer that scores product keys."""
+SCORING_PARTS = Needs(scoring=True, parts=True)
+"""Those of more than two parts."""
 
 
 def warm_up(device: torch.device | str = "cpu") -> None:
@@ -110,6 +114,7 @@ def warm_up(device: torch.device | str = "cpu") -> None:
         "deal_pairs",
         "select_topk",
         "product_topk",
+        "parts_topk",
         "product_gradient",
         "initial_values",
     ):
@@ -288,6 +293,14 @@ def _product_topk(needs: Needs) -> None:
     kernels.product_indices(queries, keys, 1)
 
 
+def _parts_topk(needs: Needs) -> None:
+    from mempool import kernels
+
+    queries = torch.ones(2, 1, 3, dtype=torch.float32, device=needs.device)
+    keys = torch.ones(1, 3, 2, 1, dtype=torch.float32, device=needs.device)
+    kernels.parts_topk(queries, keys, 1, ((0, 2),) * 3)
+
+
 def _product_gradient(needs: Needs) -> None:
     from mempool import kernels
 
@@ -321,6 +334,7 @@ _CALLS: dict[str, Callable[[Needs], None]] = {
     "flat_keys": _flat_keys,
     "select_topk": _select_topk,
     "product_topk": _product_topk,
+    "parts_topk": _parts_topk,
     "product_gradient": _product_gradient,
     "initial_values": _initial_values,
 }

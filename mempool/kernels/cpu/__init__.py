@@ -8,6 +8,7 @@ from mempool.kernels.cpu.initial import initial_values
 from mempool.kernels.cpu.rows import gather_rows, scatter_rows
 from mempool.kernels.cpu.runtime import choose_threading_layer
 from mempool.kernels.cpu.scoring.flat import flat_topk
+from mempool.kernels.cpu.scoring.parts import parts_topk
 from mempool.kernels.cpu.scoring.topk import product_gradient, product_select, product_topk, select_topk
 from mempool.kernels.cpu.sorting import sort_pairs
 from mempool.kernels.cpu.updates import (
@@ -33,6 +34,7 @@ __all__ = [
     "gather_rows",
     "initial_values",
     "optimizer_step",
+    "parts_topk",
     "product_gradient",
     "product_select",
     "product_topk",

@@ -13,6 +13,7 @@ from mempool.kernels.dispatch.dealing import deal_pairs
 from mempool.kernels.dispatch.experts import EXPERT_ACTS, ExpertGradients, expert_gradients, expert_sums
 from mempool.kernels.dispatch.topk import (
     flat_topk,
+    parts_topk,
     product_gradient,
     product_indices,
     product_select,
@@ -45,6 +46,7 @@ __all__ = [
     "gather_rows",
     "initial_values",
     "optimizer_step",
+    "parts_topk",
     "product_gradient",
     "product_indices",
     "product_select",

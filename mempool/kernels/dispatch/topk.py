@@ -13,6 +13,7 @@ from torch import Tensor
 from mempool.kernels.arguments import Paged
 from mempool.kernels.checking import (
     check_matrix,
+    check_parts,
     check_product_gradient,
     check_product_keys,
     check_product_selection,
@@ -98,6 +99,27 @@ def product_indices(
     """
     check_product_keys(queries, keys, k, keys.shape[2])
     return implementation_for(queries.device).product_topk(queries.detach(), keys.detach(), k, deterministic)
+
+
+def parts_topk(
+    queries: Tensor, keys: Tensor, k: int, ranges: tuple[tuple[int, int], ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The best products of any number of parts, each within a range of half-keys, in one pass over a query.
+
+    Parts are merged in pairs by product_indices' rule, and then one list after the other: scores have its bits.
+
+    Args:
+        queries: [B, H, P * d] float32.
+        keys: [H, P, n, d] float32.
+        k: Winners of a head.
+        ranges: Of each part the first half-key and the one after the last.
+
+    Returns:
+        Scores [B, H, k] float32 and half-keys [P, B, H, k] int64, best first; where ``index[0, b, h, 0]`` is -1 that
+        query is left open: its scores are not finite, or too many are equal. None: not offered for these, merge pairs.
+    """
+    check_parts(queries, keys, k, ranges)
+    return implementation_for(queries.device).parts_topk(queries.detach(), keys.detach(), k, ranges)
 
 
 def product_gradient(

@@ -11,7 +11,7 @@ from mempool.kernels.gpu.selection import product_select, select_topk
 from mempool.kernels.gpu.sorting import sort_pairs
 from mempool.kernels.gpu.topk import flat_topk, product_gradient, product_topk
 from mempool.kernels.gpu.updates import fused_step, optimizer_step, segment_sum_and_norm, squared_norm
-from mempool.kernels.torch_ops import admit_bags, deal_pairs, initial_values
+from mempool.kernels.torch_ops import admit_bags, deal_pairs, initial_values, parts_topk
 
 __all__ = [
     "add_segments",
@@ -25,6 +25,7 @@ __all__ = [
     "gather_rows",
     "initial_values",
     "optimizer_step",
+    "parts_topk",
     "product_gradient",
     "product_select",
     "product_topk",

@@ -11,6 +11,7 @@ from mempool.kernels.torch_ops.experts import expert_gradients, expert_sums
 from mempool.kernels.torch_ops.initial import initial_values
 from mempool.kernels.torch_ops.topk import (
     flat_topk,
+    parts_topk,
     positions,
     product_gradient,
     product_select,
@@ -40,6 +41,7 @@ __all__ = [
     "gather_rows",
     "initial_values",
     "optimizer_step",
+    "parts_topk",
     "positions",
     "product_gradient",
     "product_select",

@@ -89,6 +89,16 @@ def product_topk(
     return scores, index1, index2
 
 
+def parts_topk(
+    queries: Tensor,  # noqa: ARG001
+    keys: Tensor,  # noqa: ARG001
+    k: int,  # noqa: ARG001
+    ranges: tuple[tuple[int, int], ...],  # noqa: ARG001
+) -> tuple[Tensor, Tensor] | None:
+    """See mempool.kernels.parts_topk. Nothing here does better than pairs."""
+    return None
+
+
 def product_gradient(
     queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The best slots by product keys of two or more parts: of all products, or of some ranges of slots alone.
 
-Parts are scored by the kernels in pairs (one alone by that of flat keys), and lists of winners are merged. Sums are
-monotone, so that of each list its k best are enough: the answer is the true top-k.
+A kernel scores and merges the parts of a query in one pass where there is one. Elsewhere parts are scored in pairs (one
+alone by the kernel of flat keys), and lists of winners are merged, to the same bits. Sums are monotone, so that of each
+list its k best are enough: the answer is the true top-k.
 
 Shape legend: B bags, H heads, K top-k, P parts ("ways"), N half-keys of a codebook, d width of a part, M = B * H.
 """
@@ -166,6 +167,25 @@ def _pair(queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Foun
 
 def _best_in(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
     """The k best of a box, or as many as it has."""
+    from mempool.kernels import SCORING_PARTS, make_ready, parts_topk
+
+    if len(box) > 2 and topk <= min(end - first for first, end in box):
+        if queries.device.type == "cpu":
+            make_ready(SCORING_PARTS)
+        fused = parts_topk(queries.contiguous(), keys.contiguous(), topk, box)
+        if fused is not None:
+            found = Found(fused[0], tuple(fused[1]))
+            left_open = (found.parts[0][..., 0] < 0).any(dim=-1).nonzero().squeeze(-1)
+            if left_open.numel():
+                rest = _merged(box, queries[left_open], keys, topk, deterministic)
+                for whole, part in zip((found.scores, *found.parts), (rest.scores, *rest.parts), strict=True):
+                    whole[left_open] = part
+            return found
+    return _merged(box, queries, keys, topk, deterministic)
+
+
+def _merged(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
+    """As ``_best_in``, of pairs."""
     size, width = keys.shape[2:]
     lists, first = [], 0
     while first < len(box):

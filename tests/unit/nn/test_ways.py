@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mempool import kernels
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer
+from mempool.nn.keys import product
 from mempool.nn.scoring import product_topk
 from mempool.nn.sizes import codebook_size
 from tests.agreement.reference import Reference, dense_parameters, leaf, product_scores, relative_error
@@ -60,6 +62,52 @@ def test_the_choice_is_the_true_topk_of_some_ranges_of_slots(
         best = every.sort(dim=-1, descending=True, stable=True)
         assert torch.equal(scores, best.values[..., :topk])
         assert torch.equal(ids, best.indices[..., :topk])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.integers(1, 2),
+    ways=st.integers(3, 5),
+    numbers=st.sampled_from(["any", "whole", "one", "not finite"]),
+    data=st.data(),
+)
+def test_one_pass_over_a_query_gives_the_bits_that_pairs_give(
+    heads: int, ways: int, numbers: str, data: st.DataObject
+) -> None:
+    size, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
+    first = data.draw(st.integers(0, size - 1))
+    box = ((first, data.draw(st.integers(first + 1, size))), *[(0, size)] * (ways - 1))
+    topk = data.draw(st.integers(1, box[0][1] - first))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    queries = torch.randn(5, heads, ways * width, generator=generator)
+    keys = torch.randn(heads, ways, size, width, generator=generator)
+    if numbers == "whole":  # with ties
+        queries, keys = queries.round(), keys.round()
+    elif numbers == "one":  # nothing but ties
+        queries[0], keys[0] = 0.0, 1.0
+    elif numbers == "not finite":
+        queries[1, 0, 0], keys[0, 1, 0] = torch.inf, torch.nan
+    one_pass = kernels.parts_topk(queries, keys, topk, box)
+    assert one_pass is not None
+    left_open = one_pass[1][0, ..., 0] < 0
+    assert numbers != "any" or not left_open.any()
+    expected = product._merged(box, queries, keys, topk, True)
+    found = product._best_in(box, queries, keys, topk, True)
+    assert torch.equal(found.scores.nan_to_num(7.0), expected.scores.nan_to_num(7.0))
+    for part, own, whole in zip(one_pass[1], found.parts, expected.parts, strict=True):
+        assert torch.equal(own, whole)
+        assert torch.equal(part[~left_open], whole[~left_open])
+
+
+def test_one_pass_says_what_it_does_not_take() -> None:
+    queries, keys, whole = torch.randn(2, 1, 6), torch.randn(1, 3, 5, 2), ((0, 5),) * 3
+    assert kernels.parts_topk(queries, keys, 6, whole) is None  # more than a part has: pairs do
+    with pytest.raises(ValueError, match=r"ranges must be \(first, end\) of each of 3 parts, within 5; got"):
+        kernels.parts_topk(queries, keys, 1, ((0, 5), (0, 6), (0, 5)))
+    with pytest.raises(ValueError, match="k must lie in"):
+        kernels.parts_topk(queries, keys, 126, whole)
+    with pytest.raises(ValueError, match="queries"):
+        kernels.parts_topk(queries[..., :5], keys, 1, whole)
 
 
 @pytest.mark.parametrize("num_slots", [40**2 - 1, 40**2 - 40, 40**2 - 41, 39**2 + 1])

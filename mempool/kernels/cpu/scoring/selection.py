@@ -184,6 +184,31 @@ def count_places(ranks: Array, count: int, places: Array) -> None:
 
 
 @serial
+def count_distinct(orders: Array, count: int, places: Array) -> bool:
+    """Where each of ``count`` orders stands in descending order, if no two are equal and none is NaN's.
+
+    It costs half of ``count_places``. Returns False, with ``places`` spoilt, where that takes the rest of a rank.
+
+    Args:
+        orders: int32, with room for whole words.
+        count: How many.
+        places: int64, the first ``count`` are written.
+    """
+    end = padded(count)
+    for position in range(count, end):
+        orders[position] = NAN_ORDER
+    total = 0
+    for position in range(count):
+        place = -1
+        for start in range(0, end, WORD):
+            place += count_bits(reaching(orders, start, orders[position]))
+        places[position] = place
+        total += place
+    # Of equals all stand where the last of them does: behind where they belong, so that the sum is greater.
+    return 2 * total == count * (count - 1)
+
+
+@serial
 def _merge_sort(ranks: Array, other: Array, count: int) -> None:
     """Sort ``ranks[:count]``, descending; ``other`` is scratch as long."""
     length = 1
@@ -296,13 +321,16 @@ def select(
         _collect_exactly(orders, end, k, least, found)
         count = k
     for place in range(count):
-        ranks[place] = rank_of(orders[found[place]], found[place])
-    if count > _MOST_COUNTED:
-        _merge_sort(ranks, places, count)
-        for place in range(k):
-            index[place] = _FAR - (ranks[place] & _FAR)
-        return
-    count_places(ranks, count, places)
+        orders[place] = orders[found[place]]  # at or after it: what is overwritten was read
+    if count > _MOST_COUNTED or not count_distinct(orders, count, places):
+        for place in range(count):
+            ranks[place] = rank_of(orders[place], found[place])
+        if count > _MOST_COUNTED:
+            _merge_sort(ranks, places, count)
+            for place in range(k):
+                index[place] = _FAR - (ranks[place] & _FAR)
+            return
+        count_places(ranks, count, places)
     for place in range(count):
         if places[place] < k:
             index[places[place]] = found[place]

@@ -18,6 +18,7 @@ from mempool.kernels.cpu.runtime import Array, kernel, serial, spread, use_threa
 from mempool.kernels.cpu.scoring.scores import TILE_KEYS, TILE_QUERIES, add_scaled, fill_up, pack, tile_scores
 from mempool.kernels.cpu.scoring.selection import (
     NAN_ORDER,
+    count_distinct,
     count_places,
     order_of,
     padded,
@@ -34,9 +35,11 @@ _MOST_GROUPS = 4
 # Sums of all pairs held at once, of queries that the kernel leaves open.
 _OPEN_SUMS = 1 << 22
 # Ids up to here fit into the low half of a rank.
-_MOST_IDS = 1 << 32
+MOST_IDS = 1 << 32
 # With more winners than this, the sums of all pairs are not much more than those that can win.
 _HYPERBOLA_K = 256
+_HALF_BITS = 32
+_HALF_MASK = (1 << _HALF_BITS) - 1
 _COLUMNS = 64
 
 
@@ -73,7 +76,7 @@ def _hyperbola(k: int, half_k: int) -> Array:
 
 
 @serial
-def _select_pairs(
+def select_pairs(
     values1: Array,
     index1: Array,
     values2: Array,
@@ -112,35 +115,39 @@ def _select_pairs(
                 break
             if count == slots.shape[0]:
                 return False
-            ranks[count] = rank_of(order, index1[rank1] * num_keys + index2[rank2])
-            slots[count] = rank1 * half_k + rank2
+            orders[count] = order
+            slots[count] = rank1 << _HALF_BITS | rank2
             count += 1
-    count_places(ranks, count, places)
+    if not count_distinct(orders, count, places):
+        for candidate in range(count):
+            rank1, rank2 = slots[candidate] >> _HALF_BITS, slots[candidate] & _HALF_MASK
+            ranks[candidate] = rank_of(orders[candidate], index1[rank1] * num_keys + index2[rank2])
+        count_places(ranks, count, places)
     for candidate in range(count):
         place = places[candidate]
         if place < k:
-            rank1, rank2 = slots[candidate] // half_k, slots[candidate] % half_k
+            rank1, rank2 = slots[candidate] >> _HALF_BITS, slots[candidate] & _HALF_MASK
             out_scores[place] = values1[rank1] + values2[rank2]
             out1[place], out2[place] = index1[rank1], index2[rank2]
     return True
 
 
 @serial
-def _pair_scratch(num_pairs: int, k: int) -> Any:
-    """What _select_pairs needs beside the winners of both halves."""
+def pair_scratch(num_pairs: int, k: int) -> Any:
+    """What select_pairs needs beside the winners of both halves."""
     room = 2 * k + 64
     return (
-        np.empty(padded(num_pairs), dtype=np.int32),
+        np.empty(max(padded(num_pairs), padded(room)), dtype=np.int32),
         np.empty(padded(room), dtype=np.int64),
         np.empty(room, dtype=np.int64),
         np.empty(room, dtype=np.int64),
     )
 
 
-def _pairs_of(num_keys: int, k: int) -> tuple[int, Array]:
+def pairs_of(num_keys: int, k: int) -> tuple[int, Array]:
     """Winners of a half, and the pairs of ranks to look at; none where all pairs are looked at."""
     half_k = min(k, num_keys)
-    if k > _HYPERBOLA_K or num_keys * num_keys > _MOST_IDS:
+    if k > _HYPERBOLA_K or num_keys * num_keys > MOST_IDS:
         return half_k, np.empty((0, 2), dtype=np.int64)
     return half_k, _hyperbola(k, half_k)
 
@@ -160,6 +167,50 @@ def _pack_panel(task: Any, keys: Array, panels: Array) -> None:
 def _pack_keys(keys: Array, panels: Array) -> None:
     """[C, n, d] keys into [C, n / TILE_KEYS, d * TILE_KEYS] panels, the last one filled up with zeros."""
     spread(panels.shape[0] * panels.shape[1], _pack_panel, (keys, panels))
+
+
+def packed(keys: Tensor) -> Array:
+    """[H, P, n, d] keys as panels, those of a codebook after those of the one before."""
+    num_heads, parts, num_keys, num_dims = keys.shape
+    panels = np.empty((num_heads * parts, math.ceil(num_keys / TILE_KEYS), num_dims * TILE_KEYS), dtype=np.float32)
+    use_threads(keys.numel())
+    _pack_keys(view(keys.flatten(0, 1)), panels)
+    return panels
+
+
+def queries_of_task(num_queries: int, num_heads: int, num_keys: int) -> int:
+    """Groups that share a panel while it is in the cache; fewer where every thread would not get some."""
+    groups, num_panels = math.ceil(num_queries / TILE_QUERIES), math.ceil(num_keys / TILE_KEYS)
+    fitting = max(1, min(_MOST_GROUPS, _TASK_SCORES // (TILE_QUERIES * num_panels * TILE_KEYS)))
+    return TILE_QUERIES * max(1, min(fitting, groups * num_heads // (4 * torch.get_num_threads())))
+
+
+@serial
+def score_codebook(
+    queries: Array, first: int, held: int, codebook: int, panels: Array, group: Array, own: Array
+) -> None:
+    """Scores of ``held`` queries from ``first`` against one codebook, into ``own``, a row of whole panels each.
+
+    Args:
+        queries: [B, codebooks * D].
+        first: Of the queries.
+        held: How many.
+        codebook: Its number.
+        panels: Its keys.
+        group: Scratch, D floats a query, in whole tiles of queries.
+        own: As above.
+    """
+    num_panels, num_dims = panels.shape[0], panels.shape[1] // TILE_KEYS
+    width = num_panels * TILE_KEYS
+    for start in range(0, held, TILE_QUERIES):
+        count = min(TILE_QUERIES, held - start)
+        into = start * num_dims
+        pack(queries, first + start, count, codebook * num_dims, num_dims, TILE_QUERIES, group, into)
+        fill_up(count, num_dims, TILE_QUERIES, group, into)
+    for panel in range(num_panels):
+        keys = panels[panel]
+        for start in range(0, held, TILE_QUERIES):
+            tile_scores(group, start * num_dims, keys, 0, num_dims, own, start * width + panel * TILE_KEYS, width)
 
 
 @serial
@@ -188,21 +239,13 @@ def _score_part(
     own = np.empty(task_queries * width, dtype=np.float32)
     group = np.empty(task_queries * num_dims, dtype=np.float32)
     orders, maxima, found, ranks, places = scratch(num_keys, half_k)
-    pair_orders, pair_ranks, pair_places, slots = _pair_scratch(pairs.shape[0], k)
+    pair_orders, pair_ranks, pair_places, slots = pair_scratch(pairs.shape[0], k)
     values = np.empty((2, task_queries, half_k), dtype=np.float32)
     index = np.empty((2, task_queries, half_k), dtype=np.int64)
     for half in range(2):
         codebook = 2 * head + half
-        for start in range(0, held if num_panels > 0 else 0, TILE_QUERIES):
-            count = min(TILE_QUERIES, held - start)
-            into = start * num_dims
-            pack(queries, first + start, count, codebook * num_dims, num_dims, TILE_QUERIES, group, into)
-            fill_up(count, num_dims, TILE_QUERIES, group, into)
-        for panel in range(num_panels):
-            keys = panels[codebook, panel]
-            for start in range(0, held, TILE_QUERIES):
-                into = start * width + panel * TILE_KEYS
-                tile_scores(group, start * num_dims, keys, 0, num_dims, own, into, width)
+        if num_panels > 0:
+            score_codebook(queries, first, held, codebook, panels[codebook], group, own)
         for query in range(held):
             best = index[half, query]
             scores, start = own, query * width
@@ -212,7 +255,7 @@ def _score_part(
             for place in range(half_k):
                 values[half, query, place] = scores[start + best[place]]
     for query in range(held):
-        decided = _select_pairs(
+        decided = select_pairs(
             values[0, query],
             index[0, query],
             values[1, query],
@@ -280,7 +323,7 @@ def _products(
     queries: Array, panels: Array, given: Array, shape: tuple[int, int, int], num_keys: int, task_queries: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and half-keys of the best products, each of ``shape`` [B, H, k]."""
-    half_k, pairs = _pairs_of(num_keys, shape[2])
+    half_k, pairs = pairs_of(num_keys, shape[2])
     scores = torch.empty(shape, dtype=torch.float32, device="cpu")
     index1, index2 = torch.empty((2, *shape), dtype=torch.int64, device="cpu")
     # Memory that is never touched costs nothing, and few queries are left open.
@@ -335,19 +378,13 @@ def product_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See mempool.kernels.product_indices."""
     num_queries, num_heads, _ = queries.shape
-    num_keys, num_dims = keys.shape[2:]
-    num_panels = math.ceil(num_keys / TILE_KEYS)
-    panels = np.empty((2 * num_heads, num_panels, num_dims * TILE_KEYS), dtype=np.float32)
-    use_threads(keys.numel())
-    _pack_keys(view(keys.flatten(0, 1)), panels)
-    # Groups that share a panel while it is in the cache; fewer where every thread would not get some.
-    groups = math.ceil(num_queries / TILE_QUERIES)
-    fitting = max(1, min(_MOST_GROUPS, _TASK_SCORES // (TILE_QUERIES * num_panels * TILE_KEYS)))
-    task_groups = max(1, min(fitting, groups * num_heads // (4 * torch.get_num_threads())))
+    num_keys = keys.shape[2]
+    panels = packed(keys)
     use_threads(queries.numel() * num_keys)
     given = np.empty((2, 0), dtype=np.float32)
     shape = (num_queries, num_heads, k)
-    return _products(view(queries.flatten(1)), panels, given, shape, num_keys, task_groups * TILE_QUERIES)
+    task_queries = queries_of_task(num_queries, num_heads, num_keys)
+    return _products(view(queries.flatten(1)), panels, given, shape, num_keys, task_queries)
 
 
 @serial
