@@ -16,6 +16,7 @@ from mempool.client.routing.router import Router
 from mempool.client.routing.slices import MESSAGE_BYTES, together, windows
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, OwnKeySpec, ProductKeySpec, TableSchema, TrainedKeySpec
+from mempool.types.keys import least_root
 
 
 class Rows:
@@ -131,7 +132,7 @@ def checked_matrix(name: str, matrix: Tensor, shape: list[int], dtype: torch.dty
 
 
 def checked_key_rows(ids: Tensor | None, *, schema: TableSchema) -> tuple[Tensor, list[int]]:
-    """Ids of keys in the pool [M], all where None, and the shape of those keys: [M, D], or [M, 2, n, D / 2].
+    """Ids of keys in the pool [M], all where None, and the shape of those keys: [M, D], or [M, ways, n, D / ways].
 
     Raises:
         InvalidRequest: The table has no keys in the pool, or ids are wrong.
@@ -148,5 +149,6 @@ def checked_key_rows(ids: Tensor | None, *, schema: TableSchema) -> tuple[Tensor
     else:
         key_ids = checked_rows(ids, num_slots=count, table=table, what="heads" if heads else "slots")
     if heads:
-        return key_ids, [key_ids.shape[0], 2, math.isqrt(schema.num_slots), keys.key_dim // 2]
+        ways = keys.ways if isinstance(keys, TrainedKeySpec) else 2
+        return key_ids, [key_ids.shape[0], ways, least_root(schema.num_slots, ways), keys.key_dim // ways]
     return key_ids, [key_ids.shape[0], keys.key_dim]

@@ -25,9 +25,9 @@ from mempool.types.schema_checks import (
     KEY_RANGES,
     NAME,
     RANGES,
-    odd_problem,
     power_of_two_problem,
     schema_problems,
+    uneven_problem,
 )
 from mempool.types.sizes import default_page_slots
 
@@ -66,7 +66,9 @@ class ProductKeys(_Keys):
 
     Args:
         heads: Number of heads, each with codebooks of its own.
-        key_dim: Width of a query of one head, even; a half-key is key_dim / 2 wide.
+        key_dim: Width of a query of one head, a multiple of ways; a half-key is key_dim / ways wide.
+        ways: Codebooks of a head, n ** ways = num_slots: more than 2 of keys that are trained. Slot
+            ``(i1 * n + i2) * n + ...`` has half-keys i1, i2, ...
         deterministic: Scores are summed in a fixed order: a query has the same bits alone and in any batch. False takes
             whatever order is fastest; results then agree to rounding.
         optimizer: What the shards run on the keys at each commit, if they are trained (``Table.score``); None: they
@@ -76,14 +78,17 @@ class ProductKeys(_Keys):
     type: Literal["product"] = "product"
     heads: Annotated[WholeNumber, within(KEY_RANGES["heads"])]
     key_dim: Annotated[WholeNumber, within(KEY_RANGES["key_dim"])]
+    ways: Annotated[WholeNumber, within(KEY_RANGES["ways"])] = 2
 
-    @field_validator("key_dim")
-    @classmethod
-    def _even(cls, key_dim: int) -> int:
-        text = odd_problem(key_dim)
+    @model_validator(mode="after")
+    def _parts(self) -> Self:
+        text = uneven_problem(self.key_dim, self.ways)
         if text is not None:
-            raise ValueError(text)
-        return key_dim
+            raise FieldProblem(("key_dim",), self.key_dim, text)
+        if self.ways != 2 and self.optimizer is None:
+            text = "is of keys that are trained in the pool: give them an optimizer, or leave it out"
+            raise FieldProblem(("ways",), self.ways, text)
+        return self
 
 
 class FlatKeys(_Keys):
@@ -104,7 +109,7 @@ class TableConfig(ConfigModel):
 
     Args:
         name: Letters, digits, ``_ . -``, a letter first, at most 63 in all.
-        num_slots: Number of slots; n * n with product keys, in the pool or in the model.
+        num_slots: Number of slots; n * n (n ** ways) with product keys in the pool.
         value_dim: Width of a value, in elements.
         dtype: How values are stored: "float32", "bfloat16", or one byte an element with a float32 scale per slot and
             column block, "float8_e4m3fn" or "int8". Sums are float32 in any case.
@@ -197,9 +202,10 @@ def resolve(config: TableConfig) -> TableSchema:
 
 def _key_spec(keys: ProductKeys | FlatKeys | None) -> KeySpec | None:
     if keys is not None and keys.optimizer is not None:
-        heads = keys.heads if isinstance(keys, ProductKeys) else 1
-        optimizer = keys.optimizer.spec()
-        return TrainedKeySpec(key_dim=keys.key_dim, optimizer=optimizer, product=keys.type == "product", heads=heads)
+        made = TrainedKeySpec(key_dim=keys.key_dim, optimizer=keys.optimizer.spec())
+        if isinstance(keys, ProductKeys):
+            return replace(made, product=True, heads=keys.heads, ways=keys.ways)
+        return made
     if isinstance(keys, ProductKeys):
         return ProductKeySpec(heads=keys.heads, key_dim=keys.key_dim, deterministic=keys.deterministic)
     return None if keys is None else FlatKeySpec(key_dim=keys.key_dim, deterministic=keys.deterministic)

@@ -6,6 +6,7 @@ from mempool.client import Table
 from mempool.client.counts import as_count, as_number
 from mempool.errors import InvalidRequest
 from mempool.types import TrainedKeySpec
+from mempool.types.keys import least_root
 
 
 def checked_int(name: str, number: object, *, at_least: int = 1) -> int:
@@ -63,11 +64,13 @@ def checked_table(table: object) -> Table:
     raise InvalidRequest(f"table = {table!r} is no table of a pool: give {how}")
 
 
-def checked_pool_keys(table: Table, heads: int | None, key_dim: int | None, **others: object) -> TrainedKeySpec:
+def checked_pool_keys(
+    table: Table, heads: int | None, key_dim: int | None, ways: int | None, **others: object
+) -> TrainedKeySpec:
     """What a table says of the keys that it trains, where a layer has none of its own.
 
     Args:
-        heads, key_dim: As the layer was given them; None: as the table has them.
+        heads, key_dim, ways: As the layer was given them; None: as the table has them.
         others: By name what the layer was given that is of keys in the model alone; None and False where it was not.
 
     Raises:
@@ -79,10 +82,11 @@ def checked_pool_keys(table: Table, heads: int | None, key_dim: int | None, **ot
             f'keys = "pool", and table {table.name!r} trains no keys: make it with keys=mempool.ProductKeys(...,'
             ' optimizer=...), or leave the keys in the model (keys="model")'
         )
-    for name, asked in (("heads", heads), ("key_dim", key_dim)):
-        if asked is not None and asked != getattr(keys, name):
+    there = {"heads": keys.heads, "key_dim": keys.key_dim, "ways": keys.ways if keys.product else 1}
+    for name, asked in (("heads", heads), ("key_dim", key_dim), ("ways", ways)):
+        if asked is not None and asked != there[name]:
             raise InvalidRequest(
-                f"{name} = {asked!r}, and the keys of table {table.name!r} have {name} = {getattr(keys, name)}: they"
+                f"{name} = {asked!r}, and the keys of table {table.name!r} have {name} = {there[name]}: they"
                 " are the pool's, so leave it out"
             )
     if wrong := [name for name, given in others.items() if given is not None and given is not False]:
@@ -102,9 +106,4 @@ def codebook_size(name: str, num_slots: int, ways: int) -> int:
             f"ways = {ways} needs {2**ways:_} slots, two half-keys in each codebook, and table {name!r} has"
             f" {num_slots:_}: give at most {most} ways, or more slots"
         )
-    size: int = round(num_slots ** (1.0 / ways))
-    while size**ways < num_slots:
-        size += 1
-    while (size - 1) ** ways >= num_slots:
-        size -= 1
-    return size
+    return least_root(num_slots, ways)

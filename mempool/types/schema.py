@@ -75,14 +75,16 @@ class TrainedKeySpec:
     Attributes:
         key_dim: Width of a query of one head.
         optimizer: What the shards run on the keys at each commit.
-        product: Product keys, as of ``ProductKeySpec``; otherwise flat keys.
+        product: Product keys, as of ``ProductKeySpec``, or of more parts than two; otherwise flat keys.
         heads: Of product keys; flat keys have 1.
+        ways: Parts of a product key, each of a codebook of n, n ** ways = num_slots. Flat keys leave it.
     """
 
     key_dim: int
     optimizer: OptimizerSpec
     product: bool = False
     heads: int = 1
+    ways: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

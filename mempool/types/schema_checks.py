@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from mempool.errors import InvalidRequest
-from mempool.types.keys import key_table, key_table_name
+from mempool.types.keys import key_table, key_table_name, least_root
 from mempool.types.schema import (
     Algorithm,
     FlatKeySpec,
@@ -84,6 +84,7 @@ RANGES: Mapping[str, Range] = {
 KEY_RANGES: Mapping[str, Range] = {
     "heads": Range(low=1, high=4096),
     "key_dim": Range(low=1, high=2**20),
+    "ways": Range(low=2, high=8),
 }
 
 _LARGE = Range(low=0, high=1e30)  # float32 holds it, and its product with a gradient
@@ -172,12 +173,15 @@ def power_of_two_problem(page_slots: int) -> str | None:
     return f"is not a power of two. Nearest: {_nearest(below, below * 2, high=MAX_PAGE_SLOTS)}."
 
 
-def odd_problem(key_dim: int) -> str | None:
+def uneven_problem(key_dim: int, ways: int) -> str | None:
     """What is wrong with the width of a product key within its range."""
-    if not key_dim % 2:
+    if not key_dim % ways:
         return None
-    near = _nearest(key_dim - 1, key_dim + 1, high=KEY_RANGES["key_dim"].high)
-    return f"is odd; a query is cut into two halves. Nearest: {near}."
+    below = key_dim - key_dim % ways
+    near = _nearest(below, below + ways, high=KEY_RANGES["key_dim"].high)
+    if ways == 2:
+        return f"is odd; a query is cut into two halves. Nearest: {near}."
+    return f"is no multiple of {ways}; a query is cut into as many parts. Nearest: {near}."
 
 
 def shown(value: object) -> str:
@@ -215,21 +219,31 @@ def _owner(schema: TableSchema) -> str:
     return owner if suffix == key_table_name("") else ""
 
 
+def _ways(schema: TableSchema) -> int:
+    """Parts of product keys, if they may have so many; 1 without."""
+    keys = schema.keys
+    if isinstance(keys, TrainedKeySpec) and keys.product and KEY_RANGES["ways"].problem(keys.ways) is None:
+        return keys.ways
+    return 2 if isinstance(keys, ProductKeySpec) else 1
+
+
 def _key_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
     keys = schema.keys
-    halves = isinstance(keys, ProductKeySpec) or (isinstance(keys, TrainedKeySpec) and keys.product)
+    ways = _ways(schema)
     for name, allowed in KEY_RANGES.items():
         value = getattr(keys, name, None)
         if value is None:
             continue
         text = allowed.problem(value)
-        if text is None and name == "key_dim" and halves:
-            text = odd_problem(value)
+        if text is None and name == "key_dim":
+            text = uneven_problem(value, ways)
         if text is not None:
             yield SchemaProblem(path=("keys", name), value=value, text=text)
     if isinstance(keys, TrainedKeySpec):
         if not keys.product and keys.heads != 1:
             yield SchemaProblem(path=("keys", "heads"), value=keys.heads, text="must be 1: flat keys have one head")
+        if not keys.product and keys.ways != 2:
+            yield SchemaProblem(path=("keys", "ways"), value=keys.ways, text="is of product keys; leave it out")
         for problem in optimizer_problems(keys.optimizer):
             yield SchemaProblem(path=("keys", *problem.path), value=problem.value, text=problem.text)
 
@@ -256,13 +270,19 @@ def _shape_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
     """Of fields that are right by themselves."""
     root = math.isqrt(schema.num_slots)
     square = root * root == schema.num_slots
-    product = isinstance(schema.keys, TrainedKeySpec) and schema.keys.product
-    if (product or isinstance(schema.keys, ProductKeySpec)) and not square:
+    ways = _ways(schema)
+    size = least_root(schema.num_slots, ways)
+    if ways > 1 and (size**ways != schema.num_slots or (ways > 2 and size < 2)):
+        needs = (
+            "is not a square; product keys need n * n"
+            if ways == 2
+            else f"is no n^{ways}; product keys of {ways} parts need n at least 2"
+        )
+        near = (size - 1, size) if ways == 2 or size > 2 else (2,)
         yield SchemaProblem(
             path=("num_slots",),
             value=schema.num_slots,
-            text="is not a square; product keys need n * n. "
-            f"Nearest: {root**2:_} ({root}^2) or {(root + 1) ** 2:_} ({root + 1}^2).",
+            text=f"{needs}. Nearest: " + " or ".join(f"{n**ways:_} ({n}^{ways})" for n in near) + ".",
         )
     elif schema.stride != (root if square else 0):
         text = f"must be {root}, as num_slots is {root}^2" if square else "must be 0, as num_slots is not a square"

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import mempool
+from mempool import errors
 from mempool.nn import MemoryLayer, PoolOptimizer
 from mempool.optim import SGD, Adagrad, AdamW
 
 from .conftest import Pools
-from .reference import all_rows, leaf, relative_error
-from .test_lookup import brute_force, integers, product_scores
+from .reference import all_rows, leaf, product_scores, relative_error
+from .test_lookup import brute_force, integers
 
 STEPS, BAGS, TOPK = 12, 24, 5
 HYPER = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
@@ -86,17 +87,32 @@ def test_flat_keys_train_as_in_torch(pools: Pools, name: str, shards: int) -> No
     assert relative_error(all_rows(table), values) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "shards"), [("sgd", 3), ("adagrad", 1), ("adamw", 2)])
-def test_a_layer_without_keys_trains_what_one_with_keys_does(pools: Pools, name: str, shards: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "shards", "size", "ways"),
+    [
+        ("sgd", 3, 13, 2),
+        ("adagrad", 1, 13, 2),
+        ("adamw", 2, 13, 2),
+        ("sgd", 2, 6, 3),
+        ("adagrad", 3, 6, 3),
+        ("adamw", 1, 4, 4),
+    ],
+)
+def test_a_layer_without_keys_trains_what_one_with_keys_does(
+    pools: Pools, name: str, shards: int, size: int, ways: int
+) -> None:
     torch.manual_seed(4)
     optimizer, torchs = OPTIMIZERS[name]
-    config: dict[str, Any] = {"shards": shards, "num_slots": 13**2, "value_dim": 16, "optimizer": Adagrad(lr=0.1)}
-    there = pools.table(keys=mempool.ProductKeys(heads=2, key_dim=8, optimizer=optimizer), **config)
+    config: dict[str, Any] = {
+        "shards": shards, "num_slots": size**ways, "value_dim": 16, "optimizer": Adagrad(lr=0.1)
+    }  # fmt: skip
+    there = pools.table(keys=mempool.ProductKeys(heads=2, key_dim=4 * ways, ways=ways, optimizer=optimizer), **config)
     here = pools.table(**config)
     thin = MemoryLayer(10, table=there, keys="pool", topk=TOPK)
-    whole = MemoryLayer(10, table=here, heads=2, key_dim=8, topk=TOPK)
+    whole = MemoryLayer(10, table=here, heads=2, key_dim=4 * ways, ways=ways, topk=TOPK)
     assert thin.half_keys is None
-    assert (thin.heads, thin.key_dim) == (2, 8)
+    assert (thin.heads, thin.key_dim, thin.ways, thin.codebook_size) == (2, 4 * ways, ways, size)
+    assert there.read_keys().shape == (2, ways, size, 4)
     assert not any("keys" in name for name in thin.state_dict())
     whole.load_state_dict({**thin.state_dict(), "half_keys": there.read_keys()})
     steps = []
@@ -142,11 +158,37 @@ def test_ties_are_decided_as_by_brute_force(pools: Pools, shards: int, topk: int
         assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
 
 
-def test_the_gradient_of_queries_is_that_of_float64(pools: Pools) -> None:
-    table = pools.table(
-        num_slots=64, value_dim=4, keys=mempool.ProductKeys(heads=2, key_dim=10, optimizer=SGD(1.0)), shards=2
-    )
-    queries = torch.randn(9, 2, 10, requires_grad=True)
+@pytest.mark.parametrize("ways", [3, 4, 5])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_keys_of_more_parts_choose_what_brute_force_does(pools: Pools, shards: int, ways: int) -> None:
+    size = {3: 7, 4: 4, 5: 3}[ways]
+    keys = mempool.ProductKeys(heads=2, key_dim=2 * ways, ways=ways, optimizer=SGD(1.0))
+    table = pools.table(shards=shards, num_slots=size**ways, value_dim=4, keys=keys)
+    own, queries = integers(2, ways, size, 2, seed=1), integers(25, 2, 2 * ways, seed=2)
+    table.write_keys(own)
+    assert torch.equal(table.read_keys(), own)
+    assert torch.equal(table.read_keys(torch.tensor([1])), own[1:])
+    for topk in (1, 5, 40, size**ways):
+        scores, ids = brute_force(product_scores(queries, own), topk)
+        found = table.score(queries, topk)
+        assert torch.equal(found.ids, ids)
+        assert torch.equal(found.scores, scores)
+        assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+
+
+def test_a_layer_has_the_parts_of_the_keys_in_the_pool(pools: Pools) -> None:
+    keys = mempool.ProductKeys(heads=2, key_dim=6, ways=3, optimizer=SGD(1.0))
+    table = pools.table(num_slots=27, value_dim=4, keys=keys)
+    assert MemoryLayer(5, table=table, keys="pool", topk=2, ways=3).ways == 3
+    with pytest.raises(errors.InvalidRequest, match=r"ways = 2, and the keys of table '.*' have ways = 3: they are"):
+        MemoryLayer(5, table=table, keys="pool", topk=2, ways=2)
+
+
+@pytest.mark.parametrize("ways", [2, 3])
+def test_the_gradient_of_queries_is_that_of_float64(pools: Pools, ways: int) -> None:
+    keys = mempool.ProductKeys(heads=2, key_dim=6 * ways, ways=ways, optimizer=SGD(1.0))
+    table = pools.table(num_slots=64, value_dim=4, keys=keys, shards=2)
+    queries = torch.randn(9, 2, 6 * ways, requires_grad=True)
     ids, scores = table.score(queries, 6)
     direction = torch.randn(9, 2, 6)
     scores.backward(direction)

@@ -178,7 +178,7 @@ class Keyed:
             ids: [M] int64: slots for flat keys, heads for product keys; None means all.
 
         Returns:
-            Flat keys: [M, D]. Product keys: [M, 2, n, D / 2].
+            Flat keys: [M, D]. Product keys: [M, ways, n, D / ways].
         """
         key_ids, shape = checked_key_rows(ids, schema=self.schema)
         layout = KeyLayout.of(self.schema)
@@ -191,7 +191,7 @@ class Keyed:
         """Overwrite keys kept in the pool; the state of their optimizer stays.
 
         Args:
-            keys: [M, D] for flat keys, [M, 2, n, D / 2] for product keys; floating and finite.
+            keys: [M, D] for flat keys, [M, ways, n, D / ways] for product keys; floating and finite.
             ids: [M] int64, distinct: slots for flat keys, heads for product keys; None means all.
 
         Raises:

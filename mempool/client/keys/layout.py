@@ -1,11 +1,12 @@
 """Which rows of the table of keys a query meets, and the slots that are chosen by them. Pure.
 
-Legend: B bags, H heads, S sections (2 per head with product keys, 1 with flat keys), K top-k, C candidates of one, D
-key dim, n half-keys of one, W width of a row.
+Legend: B bags, H heads, S sections (P per head with product keys of P parts, 1 with flat keys), K top-k, C candidates
+of one, D key dim, n half-keys of one, W width of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,13 +23,11 @@ class KeyLayout:
 
     Attributes:
         keys: What the table says of them.
-        stride: Of its slot ids.
         sections: Of the table of keys; rows: keys of each; slots: distance of two sections' first rows.
         width: Of a row.
     """
 
     keys: TrainedKeySpec
-    stride: int
     sections: int
     rows: int
     slots: int
@@ -44,7 +43,6 @@ class KeyLayout:
         assert isinstance(made.keys, OwnKeySpec)
         return cls(
             keys=schema.keys,
-            stride=schema.stride,
             sections=made.keys.sections,
             rows=made.keys.rows,
             slots=made.num_slots // made.keys.sections,
@@ -52,7 +50,7 @@ class KeyLayout:
         )
 
     def section_queries(self, queries_BHD: Tensor) -> Tensor:
-        """[B, H, D] -> [B, S, W]: with product keys both halves of each head."""
+        """[B, H, D] -> [B, S, W]: with product keys the parts of each head."""
         return queries_BHD.reshape(queries_BHD.shape[0], self.sections, self.width)
 
     def candidates(self, topk: int) -> int:
@@ -71,29 +69,27 @@ class KeyLayout:
         """
         if not self.keys.product:
             return scores_BSC, rows_BSC
-        count = scores_BSC.shape[-1]
-        # By id, so that places are in the order of ids, which decides among equal sums.
-        rows_BSC, order = rows_BSC.sort(dim=-1)
-        halves = scores_BSC.gather(-1, order).view(-1, 2, count)
-        scores1, scores2 = halves[:, 0].contiguous(), halves[:, 1].contiguous()
-        at1, at2 = kernels.product_select(scores1, scores2, topk, count)
+        count, ways = scores_BSC.shape[-1], self.keys.ways
         first_S = torch.arange(self.sections, dtype=torch.int64, device=rows_BSC.device) * self.slots
-        index = (rows_BSC - first_S[:, None]).view(-1, 2, count)
-        ids = index[:, 0].gather(1, at1) * self.stride + index[:, 1].gather(1, at2)
-        scores = scores1.gather(1, at1) + scores2.gather(1, at2)
+        index = (rows_BSC - first_S[:, None]).view(-1, ways, count)
+        parts = scores_BSC.view(-1, ways, count)
+        lists = [_List(parts[:, way], index[:, way], self.rows) for way in range(ways)]
+        # In pairs, and then one list after the other, as a layer merges those of keys of its own: to the same bits.
+        paired = [_merged(lists[way : way + 2], topk) for way in range(0, ways, 2)]
+        found = _merged(paired, topk)
         shape = (scores_BSC.shape[0], self.keys.heads, topk)
-        return scores.view(shape), ids.view(shape)
+        return found.scores.view(shape), found.ids.view(shape)
 
     def key_bags(self, ids_BHK: Tensor, weights_BHK: Tensor) -> Bags:
         """The rows whose products with a query are its slots' scores, as B * S bags in the order of
         ``section_queries``, with these weights."""
         num_bags, heads, found = ids_BHK.shape
         if self.keys.product:
-            index = torch.stack((ids_BHK // self.stride, ids_BHK % self.stride), dim=2)
-            first_H2 = (
-                torch.arange(self.sections, dtype=torch.int64, device=ids_BHK.device).view(heads, 2, 1) * self.slots
-            )
-            rows, weights = index + first_H2, weights_BHK[:, :, None].expand(-1, -1, 2, -1)
+            ways = self.keys.ways
+            worths = [self.rows ** (ways - 1 - way) for way in range(ways)]
+            index = torch.stack([ids_BHK // worth % self.rows for worth in worths], dim=2)
+            sections = torch.arange(self.sections, dtype=torch.int64, device=ids_BHK.device).view(heads, ways, 1)
+            rows, weights = index + sections * self.slots, weights_BHK[:, :, None].expand(-1, -1, ways, -1)
         else:
             rows, weights = ids_BHK, weights_BHK
         ends = torch.arange(num_bags * self.sections + 1, dtype=torch.int64, device=ids_BHK.device) * found
@@ -103,6 +99,38 @@ class KeyLayout:
         """All rows of heads [M], or of slots [M] with flat keys, in order."""
         if not self.keys.product:
             return ids_M
-        first_M2 = (2 * ids_M[:, None] + torch.arange(2, dtype=torch.int64, device=ids_M.device)) * self.slots
+        ways = self.keys.ways
+        first_MP = (ways * ids_M[:, None] + torch.arange(ways, dtype=torch.int64, device=ids_M.device)) * self.slots
         rows = torch.arange(self.rows, dtype=torch.int64, device=ids_M.device)
-        return (first_M2[:, :, None] + rows).reshape(-1)
+        return (first_MP[:, :, None] + rows).reshape(-1)
+
+
+class _List(NamedTuple):
+    """The best of a part of the keys, or of several together, best first.
+
+    Attributes:
+        scores: [M, C] float32.
+        ids: [M, C] int64, below ``worth``.
+        worth: What an id of the parts before counts for.
+    """
+
+    scores: Tensor
+    ids: Tensor
+    worth: int
+
+
+def _merged(lists: Sequence[_List], topk: int) -> _List:
+    """The best sums of one of each, one list after the other."""
+    found = lists[0]
+    for other in lists[1:]:
+        # By id, so that places are in the order of ids, which decides among equal sums.
+        (scores1, ids1), (scores2, ids2) = _by_id(found), _by_id(other)
+        at1, at2 = kernels.best_sums(scores1, scores2, min(topk, scores1.shape[1] * scores2.shape[1]))
+        ids = ids1.gather(1, at1) * other.worth + ids2.gather(1, at2)
+        found = _List(scores1.gather(1, at1) + scores2.gather(1, at2), ids, found.worth * other.worth)
+    return found
+
+
+def _by_id(found: _List) -> tuple[Tensor, Tensor]:
+    ids, order = found.ids.sort(dim=-1)
+    return found.scores.gather(-1, order), ids

@@ -12,6 +12,7 @@ from mempool.kernels.dispatch.bags import (
 from mempool.kernels.dispatch.dealing import deal_pairs
 from mempool.kernels.dispatch.experts import EXPERT_ACTS, ExpertGradients, expert_gradients, expert_sums
 from mempool.kernels.dispatch.topk import (
+    best_sums,
     flat_topk,
     parts_topk,
     product_gradient,
@@ -37,6 +38,7 @@ __all__ = [
     "add_segments",
     "admit_bags",
     "array_sums",
+    "best_sums",
     "catch_up",
     "deal_pairs",
     "expert_gradients",

@@ -21,6 +21,9 @@ from mempool.kernels.checking import (
 )
 from mempool.kernels.implementation import implementation_for
 
+# Sums held at once.
+_CHUNK_SUMS = 1 << 22
+
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row by (score descending, index ascending); NaN never wins over a number.
@@ -59,6 +62,28 @@ def product_select(scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tup
     check_matrix("scores1", scores1, (scores1.shape[0], num_keys), torch.float32, scores1.device)
     check_matrix("scores2", scores2, (scores1.shape[0], num_keys), torch.float32, scores1.device)
     return implementation_for(scores1.device).product_select(scores1.detach(), scores2.detach(), k, stride)
+
+
+def best_sums(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best sums of one of ``scores1`` and one of ``scores2``, by (sum descending, i1 ascending, i2 ascending).
+
+    Args:
+        scores1: [M, a] float32.
+        scores2: [M, b] float32.
+        k: Winners, 1 to a * b.
+
+    Returns:
+        i1 [M, k] and i2 [M, k], int64, best first.
+    """
+    num_rows, width = scores2.shape
+    if scores1.shape[-1] == width:
+        return product_select(scores1, scores2, k, width)
+    places = torch.empty(num_rows, k, dtype=torch.int64, device=scores1.device)
+    chunk = max(1, _CHUNK_SUMS // max(1, scores1.shape[-1] * width))
+    for first in range(0, num_rows, chunk):
+        part = slice(first, first + chunk)
+        places[part] = select_topk((scores1[part, :, None] + scores2[part, None, :]).flatten(1), k)[1]
+    return places // width, places % width
 
 
 def product_topk(

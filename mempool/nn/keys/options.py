@@ -73,10 +73,10 @@ def key_options(
     kind = _kind(keys, score)
     name, num_slots = table.schema.name, table.schema.num_slots
     if kind == "pool":
-        of_model |= {"ways": ways, "rank": rank, "groups": groups, "probes": probes}
-        there = checked_pool_keys(table, heads, key_dim, **of_model)
-        size = codebook_size(name, num_slots, 2) if there.product else 0
-        ways = 2 if there.product else 1
+        of_model |= {"rank": rank, "groups": groups, "probes": probes}
+        there = checked_pool_keys(table, heads, key_dim, ways, **of_model)
+        ways = there.ways if there.product else 1
+        size = codebook_size(name, num_slots, ways) if there.product else 0
         return KeyOptions(kind, there.heads, checked_key_dim(there.key_dim, parts=ways), ways, size, 1, None, None)
     allowed = {"product": ("ways",), "tucker": ("rank", "probes"), "hierarchical": ("groups", "probes")}[kind]
     counts: dict[str, int | None] = {}

@@ -13,9 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Sums of pairs of winners held at once.
-_CHUNK_SUMS = 1 << 22
-
 Range = tuple[int, int]
 """First half-key (or slot), and the one after the last."""
 
@@ -235,20 +232,11 @@ def _taken(found: Found, places: Tensor) -> Found:
 
 def _best_sums(left: Found, right: Found, topk: int) -> Found:
     """The best sums of winners of some parts and of those after them, both by id, so that ties go by id."""
-    from mempool.kernels import product_select, select_topk
+    from mempool.kernels import best_sums
 
-    shape, width = left.scores.shape[:-1], right.scores.shape[-1]
+    shape = left.scores.shape[:-1]
     lefts, rights = left.scores.flatten(0, -2), right.scores.flatten(0, -2)
-    k = min(topk, lefts.shape[-1] * width)
-    if lefts.shape[-1] == width:
-        place1, place2 = (each.view(*shape, k) for each in product_select(lefts, rights, k, width))
-    else:
-        places = lefts.new_empty(lefts.shape[0], k, dtype=torch.int64)
-        chunk = max(1, _CHUNK_SUMS // (lefts.shape[-1] * width))
-        for first in range(0, lefts.shape[0], chunk):
-            part = slice(first, first + chunk)
-            places[part] = select_topk((lefts[part, :, None] + rights[part, None, :]).flatten(1), k)[1]
-        places = places.view(*shape, k)
-        place1, place2 = places // width, places % width
+    k = min(topk, lefts.shape[-1] * rights.shape[-1])
+    place1, place2 = (each.view(*shape, k) for each in best_sums(lefts, rights, k))
     lefts_best, rights_best = _taken(left, place1), _taken(right, place2)
     return Found(lefts_best.scores + rights_best.scores, (*lefts_best.parts, *rights_best.parts))

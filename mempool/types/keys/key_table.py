@@ -31,17 +31,30 @@ def key_seed(seed: int) -> int:
     return (seed ^ _SEED) & (2**63 - 1)
 
 
+def least_root(num_slots: int, ways: int) -> int:
+    """The fewest half-keys n of a codebook with n ** ways >= num_slots."""
+    if ways <= 2:
+        return num_slots if ways == 1 else math.isqrt(num_slots - 1) + 1
+    size: int = round(num_slots ** (1.0 / ways))
+    while size**ways < num_slots:
+        size += 1
+    while (size - 1) ** ways >= num_slots:
+        size -= 1
+    return size
+
+
 def key_table(schema: TableSchema) -> TableSchema | None:
     """The schema of the table of a table's keys, ``table_id`` 0; None where it trains none.
 
-    Flat keys: the row of slot i is its key. Product keys: section ``2 * head + half`` has the n half-keys of that half,
-    in order. Sections begin with a page, so that a shard scores each by its own part of the page table.
+    Flat keys: the row of slot i is its key. Product keys: section ``ways * head + part`` has the n half-keys of that
+    part, in order. Sections begin with a page, so that a shard scores each by its own part of the page table.
     """
     keys = schema.keys
     if not isinstance(keys, TrainedKeySpec):
         return None
-    sections, rows = (2 * keys.heads, math.isqrt(schema.num_slots)) if keys.product else (1, schema.num_slots)
-    width = keys.key_dim // 2 if keys.product else keys.key_dim
+    ways = keys.ways if keys.product else 1
+    sections, rows = ways * keys.heads if keys.product else 1, least_root(schema.num_slots, ways)
+    width = keys.key_dim // ways
     made = replace(
         schema,
         table_id=0,

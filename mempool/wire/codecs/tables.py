@@ -170,6 +170,7 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
             key_dim=value.keys.key_dim,
             heads=value.keys.heads,
             product=value.keys.product,
+            ways=value.keys.ways,
             optimizer=optimizer_message(value.keys.optimizer),
         )
         message.trained_keys.CopyFrom(trained)
@@ -199,6 +200,7 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
             optimizer=optimizer_value(trained.optimizer),
             product=trained.product,
             heads=trained.heads,
+            ways=trained.ways or 2,
         )
     elif message.HasField("own_keys"):
         keys = OwnKeySpec(sections=message.own_keys.sections, rows=message.own_keys.rows)

@@ -149,8 +149,8 @@ class MemoryServiceStub:
     candidates of all shards in that order, cut at topk, then take the softmax. Changes nothing.
 
     Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
-    with product keys, add up what both sections of a head find, as i1 * stride + i2, and take the topk. The gradient of a
-    score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
+    with product keys, add up what the sections of a head find, as (i1 * n + i2) * n + ... of n half-keys each, those of
+    pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
     An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
     step with the table's own.
 
@@ -290,8 +290,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     candidates of all shards in that order, cut at topk, then take the softmax. Changes nothing.
 
     Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
-    with product keys, add up what both sections of a head find, as i1 * stride + i2, and take the topk. The gradient of a
-    score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
+    with product keys, add up what the sections of a head find, as (i1 * n + i2) * n + ... of n half-keys each, those of
+    pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
     An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
     step with the table's own.
 
@@ -470,8 +470,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         candidates of all shards in that order, cut at topk, then take the softmax. Changes nothing.
 
         Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
-        with product keys, add up what both sections of a head find, as i1 * stride + i2, and take the topk. The gradient of a
-        score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
+        with product keys, add up what the sections of a head find, as (i1 * n + i2) * n + ... of n half-keys each, those of
+        pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
         An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
         step with the table's own.
 

@@ -317,13 +317,18 @@ class TrainedKeySpec(_message.Message):
     HEADS_FIELD_NUMBER: _builtins.int
     PRODUCT_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
+    WAYS_FIELD_NUMBER: _builtins.int
     key_dim: _builtins.int
-    """Width of a query of one head; even with product keys."""
+    """Width of a query of one head; with product keys a multiple of ways."""
     heads: _builtins.int
     """Number of heads; 1 for flat keys."""
     product: _builtins.bool
-    """Product keys, as in ProductKeySpec: row (2 * head + half) * num_slots / (2 * heads) + i of the other table's num_slots
-    is half-key i of that head and half. Otherwise flat keys: row i is the key of slot i.
+    """Product keys: row (ways * head + part) * num_slots / (ways * heads) + i of the other table's num_slots is half-key i
+    of that head and part. Otherwise flat keys: row i is the key of slot i.
+    """
+    ways: _builtins.int
+    """Parts of a product key, each of a codebook of n half-keys, n^ways being the slots of the table whose keys they are; 2
+    where it is not set.
     """
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
@@ -336,10 +341,11 @@ class TrainedKeySpec(_message.Message):
         heads: _builtins.int = ...,
         product: _builtins.bool = ...,
         optimizer: Global___OptimizerSpec | None = ...,
+        ways: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "key_dim", b"key_dim", "optimizer", b"optimizer", "product", b"product"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "key_dim", b"key_dim", "optimizer", b"optimizer", "product", b"product", "ways", b"ways"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

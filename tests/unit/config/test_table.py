@@ -127,6 +127,14 @@ def test_names_that_would_hurt_elsewhere_are_refused(name: str) -> None:
     ("fields", "message"),
     [
         ({"keys": {"type": "product", "heads": 2, "key_dim": 5}}, r"keys\.key_dim = 5 is odd.* Nearest: 4 or 6\."),
+        (
+            {"keys": {"type": "product", "heads": 2, "key_dim": 6, "ways": 3}},
+            r"keys\.ways = 3 is of keys that are trained in the pool: give them an optimizer, or leave it out",
+        ),
+        (
+            {"keys": {"type": "product", "heads": 2, "key_dim": 8, "ways": 3, "optimizer": {"type": "sgd", "lr": 1.0}}},
+            r"keys\.key_dim = 8 is no multiple of 3; a query is cut into as many parts\. Nearest: 6 or 9\.",
+        ),
         ({"keys": {"type": "flat", "key_dim": 0}}, r"keys\.key_dim = 0 must be at least 1"),
         ({"keys": {"type": "product", "heads": 0, "key_dim": 2}}, r"keys\.heads = 0 must be at least 1"),
         ({"seed": 2**63}, r"seed = 9_223_372_036_854_775_808 must be at most"),

@@ -60,6 +60,7 @@ STRANGE: dict[str, st.SearchStrategy[Any]] = {
             key_dim=U32,
             heads=st.one_of(st.just(1), U32),
             product=st.booleans(),
+            ways=st.one_of(st.just(2), st.integers(1, 10)),
             optimizer=st.builds(OptimizerSpec, algorithm=st.just("sgd"), lr=NUMBERS),
         ),
         st.builds(OwnKeySpec, sections=U32, rows=SIZES),

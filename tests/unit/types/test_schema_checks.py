@@ -1,6 +1,8 @@
 """One check for every door: what Python refuses the wire refuses, and what they take a pool survives."""
 
 import contextlib
+import itertools
+import math
 import time
 from dataclasses import fields, replace
 from typing import Any
@@ -40,6 +42,7 @@ from mempool.wire.codecs import tables
 from .schemas import PLAIN, schemas
 
 PRODUCT = replace(PLAIN, keys=ProductKeySpec(heads=2, key_dim=8))
+TRAINED = TrainedKeySpec(key_dim=12, optimizer=OptimizerSpec(algorithm="sgd", lr=0.5))
 NARROW = replace(PLAIN, dtype="int8", rounding="stochastic")
 
 
@@ -48,13 +51,16 @@ def test_what_is_plain_is_right() -> None:
         check_schema(schema)
 
 
-@pytest.mark.parametrize("product", [False, True])
-@pytest.mark.parametrize("root", [1, 7, 64, 1000])
-def test_the_table_of_keys_that_are_trained_is_right_too(root: int, product: bool) -> None:
-    keys = TrainedKeySpec(
-        key_dim=6, optimizer=OptimizerSpec(algorithm="sgd", lr=0.5), product=product, heads=3 if product else 1
-    )
-    schema = replace(PLAIN, num_slots=root**2, stride=root, keys=keys)
+@pytest.mark.parametrize(
+    ("root", "ways"), [*itertools.product([1, 7, 64, 1000], [1, 2]), (2, 3), (10, 3), (101, 3), (2, 6), (12, 6)]
+)
+def test_the_table_of_keys_that_are_trained_is_right_too(root: int, ways: int) -> None:
+    keys = TRAINED
+    if ways > 1:
+        keys = replace(keys, product=True, heads=3, ways=ways)
+    num_slots = root ** max(2, ways)
+    square = math.isqrt(num_slots)
+    schema = replace(PLAIN, num_slots=num_slots, stride=square if square**2 == num_slots else 0, keys=keys)
     check_schema(schema)
     made = key_table(schema)
     assert made is not None
@@ -71,7 +77,7 @@ def test_the_table_of_keys_that_are_trained_is_right_too(root: int, product: boo
         replace(made, keys=OwnKeySpec(sections=made.keys.sections, rows=made.num_slots + 1)),
         replace(made, keys=OwnKeySpec(sections=0, rows=1)),
         replace(schema, name="facts:keys"),
-        replace(schema, keys=replace(keys, heads=2 if not product else 0)),
+        replace(schema, keys=replace(keys, heads=2 if ways == 1 else 0)),
         replace(schema, keys=replace(keys, optimizer=OptimizerSpec(algorithm="sgd", lr=-1.0))),
     ):
         with pytest.raises(InvalidRequest):
@@ -111,6 +117,20 @@ def test_the_table_of_keys_that_are_trained_is_right_too(root: int, product: boo
         (
             replace(PLAIN, num_slots=2**20, stride=2**10, keys=ProductKeySpec(heads=1, key_dim=2**20)),
             r"keys\.key_dim = .* makes keys of 4,096\.0 MiB a head.* Give at most 32_768",
+        ),
+        (replace(PLAIN, keys=replace(TRAINED, ways=3)), r"keys\.ways = 3 is of product keys; leave it out"),
+        (replace(PLAIN, keys=replace(TRAINED, product=True, ways=9)), r"keys\.ways = 9 must be at most 8"),
+        (
+            replace(PLAIN, num_slots=125, stride=0, keys=replace(TRAINED, product=True, ways=3, key_dim=8)),
+            r"keys\.key_dim = 8 is no multiple of 3; .* Nearest: 6 or 9\.",
+        ),
+        (
+            replace(PLAIN, keys=replace(TRAINED, product=True, ways=3)),
+            r"num_slots = 100 is no n\^3; .* 3 parts need n at least 2\. Nearest: 64 \(4\^3\) or 125 \(5\^3\)",
+        ),
+        (
+            replace(PLAIN, num_slots=1, stride=1, keys=replace(TRAINED, product=True, ways=3)),
+            r"num_slots = 1 is no n\^3; .* Nearest: 8 \(2\^3\)\.",
         ),
         (
             replace(PRODUCT, num_slots=101, stride=0),
@@ -154,9 +174,8 @@ def test_a_wrong_schema_is_refused_by_field_value_and_limit(schema: TableSchema,
 def test_every_number_has_its_rule() -> None:
     assert {field.name for field in fields(OptimizerSpec)} == {"algorithm", *HYPER_PARAMETERS, *FLAGS}
     assert {"num_slots", "value_dim", "block_dim", "page_slots", "seed", "init_std"} == set(RANGES)
-    assert {field.name for spec in (ProductKeySpec, FlatKeySpec) for field in fields(spec)} - {"deterministic"} == set(
-        KEY_RANGES
-    )
+    of_keys = {field.name for spec in (ProductKeySpec, FlatKeySpec, TrainedKeySpec) for field in fields(spec)}
+    assert of_keys - {"deterministic", "optimizer", "product"} == set(KEY_RANGES)
 
 
 def config_of(schema: TableSchema) -> TableConfig:
@@ -175,7 +194,9 @@ def config_of(schema: TableSchema) -> TableConfig:
     elif isinstance(schema.keys, TrainedKeySpec):
         optimizer = SGD(schema.keys.optimizer.lr)
         keys = (
-            ProductKeys(heads=schema.keys.heads, key_dim=schema.keys.key_dim, optimizer=optimizer)
+            ProductKeys(
+                heads=schema.keys.heads, key_dim=schema.keys.key_dim, ways=schema.keys.ways, optimizer=optimizer
+            )
             if schema.keys.product
             else FlatKeys(key_dim=schema.keys.key_dim, optimizer=optimizer)
         )
@@ -221,7 +242,7 @@ def test_the_wire_and_the_configuration_take_the_same(schema: TableSchema) -> No
     if isinstance(schema.keys, OwnKeySpec):  # which no configuration says
         return
     if isinstance(schema.keys, TrainedKeySpec) and not schema.keys.product:
-        paths -= {("keys", "heads")}
+        paths -= {("keys", "heads"), ("keys", "ways")}
     # A configuration has no stride, and an optimizer's class only what it takes.
     unsaid = {
         ("optimizer", name) for name, rule in HYPER_PARAMETERS.items() if schema.optimizer.algorithm not in rule.of

@@ -57,17 +57,19 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
             ),
             st.builds(
                 types.TrainedKeySpec,
-                key_dim=st.integers(1, 512).map(lambda half: 2 * half),
+                key_dim=st.integers(1, 4).map(lambda part: 840 * part),
                 heads=st.integers(1, 4),
                 product=st.just(True),
                 optimizer=KEY_OPTIMIZERS,
+                ways=st.integers(2, 8),
             ),
             st.builds(types.TrainedKeySpec, key_dim=st.integers(1, 1024), optimizer=KEY_OPTIMIZERS),
         )
     )
-    root = draw(st.integers(1, 10))
+    ways = getattr(keys, "ways", 2)
+    root = draw(st.integers(1, 10) if ways == 2 else st.integers(2, 3))
     product = isinstance(keys, types.ProductKeySpec) or getattr(keys, "product", False)
-    num_slots = root**2 if product else draw(st.integers(1, 100))
+    num_slots = root**ways if product else draw(st.integers(1, 100))
     value_dim = draw(st.integers(1, 100))
     block_dim = draw(st.integers(1, value_dim))
     given["dense"] = given.get("dense", False) and fine
