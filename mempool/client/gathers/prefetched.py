@@ -57,6 +57,12 @@ class Prefetched:
         """Of all that are kept."""
         return self._reserved + sum(fetch.num_bytes for fetch in tuple(self._fetches))
 
+    def has_room(self, num_bytes: int, *, version: int | None) -> bool:
+        """Whether ``start`` would start a gather now."""
+        with self._lock:
+            self._sweep(version)
+            return not self._writers and self.num_bytes + num_bytes <= self._max_bytes
+
     def start(
         self,
         bags: Bags,
@@ -171,4 +177,6 @@ def _sample(bags: Bags) -> _Sample:
 
 
 def _same(first: Bags, second: Bags) -> bool:
+    if first.ids is second.ids and first.offsets is second.offsets:
+        return True
     return torch.equal(first.ids, second.ids) and torch.equal(first.offsets, second.offsets)

@@ -12,6 +12,7 @@ from typing import NoReturn, Self
 
 from torch import Tensor
 
+from mempool.client.gathers.prefetched import Prefetched
 from mempool.client.gathers.untraced import untraced
 from mempool.client.lookup import Lookup, PendingLookup
 from mempool.client.opening.waiting import Begin, Run
@@ -137,17 +138,6 @@ class TableAt(Table):
             self._refuse("trained")
         return self
 
-    def prefetch(
-        self,
-        ids: Tensor,
-        *,
-        offsets: Tensor | None = None,
-        padding_idx: int | None = None,
-        remember: bool = True,
-    ) -> bool:
-        """Starts nothing."""
-        return False
-
     @property
     def cache_bytes(self) -> int:
         """0: no rows are kept here."""
@@ -223,6 +213,7 @@ class _LinkAt(TableLink):
     ) -> None:
         super().__init__(schema, router=router, session=session, run=run, begin=begin)
         self._version = version
+        self.prefetched = Prefetched(max_bytes=0)  # nothing is started ahead
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         return super().send_gather(bags, remember=False)

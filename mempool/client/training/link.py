@@ -194,6 +194,11 @@ class TableLink:
             ask=lambda: self.begin_gather(bags, remember=remember),
         )
 
+    def has_room_ahead(self, num_rows: int) -> bool:
+        """Whether ``prefetch`` of bags of one pair each would start it now."""
+        num_bytes = num_rows * (8 + 8 + 4 * self.value_dim)
+        return self.prefetched.has_room(num_bytes, version=self.session.known_version)
+
     def _bytes_of(self, bags: Bags) -> int:
         """Of a gather and its answer."""
         return bags.num_bytes + 4 * bags.num_bags * self.value_dim

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mempool.client import Table
-from mempool.client.gathers.autograd import gather, refuse_export
+from mempool.client.bags import checked_bags
+from mempool.client.gathers.autograd import pooled_gather, refuse_export, refuse_transforms
 from mempool.client.gathers.untraced import untraced
 from mempool.errors import InvalidRequest
 from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
+from mempool.nn.ngrams.ahead import Ahead
 from mempool.nn.ngrams.hashing import Multipliers, NgramHash, checked_multipliers
 from mempool.nn.ngrams.packing import Packing, Places, places_of
 from mempool.nn.ngrams.sizes import LR_FACTOR, Ngrams
 from mempool.nn.sizes import checked_int, checked_table
 from mempool.nn.values import LayerLink, follows, values_parameter
+from mempool.types.bags import Bags
 
 _VERSION = "table_version"
 _OF_THIS_ONE = ("_link", "_copied", "_ahead")
@@ -53,17 +56,26 @@ class NgramRows:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
     """Attributes:
-    ids: [U, 1], distinct; or of all R * S, where nearly all are.
+    bags: Of one id each: distinct ones; or of all R * S, where nearly all are.
     order: [R * S]: which of the rows each is; None: as they come.
-    tokens: [B, T] int64 on the CPU, 0 for padding.
-    commits: Of this client's steps, when it was made.
     """
 
-    ids: Tensor
+    bags: Bags
     order: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prefetched:
+    """Attributes:
+    tokens: [B, T] int64 on the CPU, 0 for padding.
+    commits: Of this client's steps, when it was asked for.
+    asked: What is asked for, or will be.
+    """
+
     tokens: Tensor
     places: Places
     commits: int
+    asked: Ahead[_Asked]
 
     def of(self, tokens: Tensor, places: Places) -> bool:
         """Whether it is what these ask for."""
@@ -80,7 +92,7 @@ class NgramLookup(nn.Module):
     ``PoolOptimizer.step``. An n-gram never reaches over its sequence's begin: before it there is a pad. Padding gets no
     rows, and no gradient.
 
-    Slots depend on tokens alone, so they can be fetched early (``prefetch``).
+    Slots depend on tokens alone, so they can be fetched early (``prefetch``): hashed and asked for by another thread.
 
     ``state_dict`` holds what slots depend on: "multipliers", "primes", "pad" and, where there is one, "canonical"; a
     state of other primes is refused, as its slots are others. They stay on the CPU wherever the model goes, where
@@ -157,7 +169,7 @@ class NgramLookup(nn.Module):
         self.values = values_parameter(device=device, dtype=dtype)
         self._link = LayerLink(table, self.values)
         self._copied: CopyCaution | None = None
-        self._ahead: list[_Asked] = []  # prefetched and not taken
+        self._ahead: list[_Prefetched] = []  # prefetched and not taken
         self._late_told = False
 
     @property
@@ -196,22 +208,27 @@ class NgramLookup(nn.Module):
         refuse_export(self.table.name)
         if self._copied is not None:
             self._copied.before_call(self)
-        asked = self._asked(tokens, packing, take=True)
-        rows = gather(
+        refuse_transforms(self._link)
+        here, places = self._given(tokens, packing)
+        asked = self._taken(here, places) or self._asked(here, places)
+        rows = pooled_gather(
             self._link,
-            asked.ids,
             anchor=self.values,
+            ids=asked.bags.ids,
+            weights=None,
+            offsets=asked.bags.offsets,
             trained=self.values.requires_grad and self.table.requires_grad,
             remember=self.training,
-        ).to(tokens.device)
+            device=tokens.device,
+        )
         if asked.order is not None:
             rows = F.embedding(asked.order.to(tokens.device), rows)
         rows = rows.reshape(-1, self.width)
-        real = asked.places.real
+        real = places.real
         if real is not None:
             where = torch.nonzero(real.reshape(-1)).reshape(-1).to(tokens.device)
             rows = rows.new_zeros(tokens.numel(), self.width).index_copy(0, where, rows)
-        positions = asked.places.positions.view(tokens.shape).to(tokens.device)
+        positions = places.positions.view(tokens.shape).to(tokens.device)
         return NgramRows(
             rows.view(*tokens.shape, self.width),
             positions,
@@ -231,32 +248,49 @@ class NgramLookup(nn.Module):
         Raises:
             InvalidRequest: As a call.
         """
-        asked = self._asked(tokens, packing)
-        started = self.table.prefetch(asked.ids, remember=self.training)
-        self._ahead = [each for each in self._ahead if each.commits == asked.commits][-_MAX_AHEAD:]
-        if started:
-            self._ahead.append(asked)
-        return started
+        here, places = self._given(tokens, packing)
+        link = self.table.link
+        commits = link.session.commits
+        self._ahead = [each for each in self._ahead if each.commits == commits][-_MAX_AHEAD:]
+        if not link.has_room_ahead(here.numel() * self.ngrams.columns):
+            return False
+        remember = self.training and torch.is_grad_enabled() and self.table.requires_grad
 
-    def _asked(self, tokens: Tensor, packing: Packing, *, take: bool = False) -> _Asked:
-        """What is to be fetched; with ``take`` what was prefetched for the same, once, where no step made it old."""
+        def ask() -> _Asked:
+            asked = self._asked(here, places)
+            if asked.bags.num_pairs:
+                link.prefetch(asked.bags, remember=remember)
+            return asked
+
+        self._ahead.append(_Prefetched(here, places, commits, Ahead(ask)))
+        return True
+
+    def _given(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Places]:
+        """[B, T] int64 on the CPU, 0 for padding, and where they are."""
         places = places_of(_checked_tokens(tokens), **packing)
-        here = self._checked(tokens, places)
-        commits = self.table.link.session.commits
-        ahead = next((each for each in self._ahead if each.of(here, places)), None) if take else None
-        if ahead is not None:
-            self._ahead.remove(ahead)
-            if ahead.commits != commits:
-                self._tell_late()
-            return ahead
-        slots = self._hashed(here, places)
+        return self._checked(tokens, places), places
+
+    def _taken(self, tokens: Tensor, places: Places) -> _Asked | None:
+        """What was prefetched for the same, once."""
+        ahead = next((each for each in self._ahead if each.of(tokens, places)), None)
+        if ahead is None:
+            return None
+        self._ahead.remove(ahead)
+        if ahead.commits != self.table.link.session.commits:
+            self._tell_late()
+        return ahead.asked.result()
+
+    def _asked(self, tokens: Tensor, places: Places) -> _Asked:
+        slots = self._hashed(tokens, places)
         if places.real is not None:
             slots = slots[places.real]
         flat = slots.reshape(-1)
         distinct, order = torch.unique(flat, return_inverse=True)
-        if distinct.numel() > _WORTH * flat.numel():
-            return _Asked(flat.view(-1, 1), None, here, places, commits)
-        return _Asked(distinct.view(-1, 1), order, here, places, commits)
+        ids, where = (flat, None) if distinct.numel() > _WORTH * flat.numel() else (distinct, order)
+        own_ids, _, offsets = checked_bags(
+            ids.view(-1, 1), None, None, num_slots=self.table.num_slots, table=self.table.name
+        )
+        return _Asked(Bags(ids=own_ids, weights=None, offsets=offsets), where)
 
     def _tell_late(self) -> None:
         if not self._late_told:
@@ -272,8 +306,9 @@ class NgramLookup(nn.Module):
         here = tokens.detach().to("cpu", torch.int64, copy=True).view(places.positions.shape)
         if places.real is not None:
             here.masked_fill_(~places.real, 0)
-        outside = (here < 0) | (here >= self.vocab_size)
-        if bool(outside.any()):
+        low, high = torch.aminmax(here) if here.numel() else (0, 0)
+        if int(low) < 0 or int(high) >= self.vocab_size:
+            outside = (here < 0) | (here >= self.vocab_size)
             at = torch.nonzero(outside.view(tokens.shape))[0].tolist()
             raise InvalidRequest(
                 f"tokens{at} = {int(here.view(tokens.shape)[tuple(at)])} is outside the vocabulary of"

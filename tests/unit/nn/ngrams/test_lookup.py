@@ -83,7 +83,7 @@ def test_layers_share_one_fetch(memory: NgramMemory) -> None:
 
 def test_each_slot_travels_once_where_many_repeat(memory: NgramMemory) -> None:
     for tokens, repeat in ((torch.tensor([[1, 2, 1, 2, 1, 2, 1, 2]]), True), (torch.tensor([[1, 2]]), False)):
-        asked = memory.lookup._asked(tokens, {}).ids.flatten().tolist()
+        asked = memory.lookup._asked(*memory.lookup._given(tokens, {})).bags.ids.tolist()
         slots = memory.lookup.slots(tokens).flatten().tolist()
         assert asked == (sorted(set(slots)) if repeat else slots)
 
