@@ -11,8 +11,8 @@ import statistics
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing, nullcontext
-from typing import Any
 
 import torch
 
@@ -127,25 +127,29 @@ def main() -> int:
         trainer = Trainer(table, options.compute_ms / 1e3)
         trainer.steps("warm-up", 20)
         with Child("tests.benchmarks.readers:read", {"address": served.address, "rate": options.rate}) as reader:
-            ends_s, kept_bytes = time.monotonic() + options.limit_s, 0
+            ends_s, kept = time.monotonic() + options.limit_s, [0]
+
+            def work(mode: str) -> None:
+                trainer.steps(mode, options.steps)
+                kept.append(sum(shard.version_bytes for shard in pool.status().shards))
+
             while counts["version read"][0] < options.lookups and time.monotonic() < ends_s:
                 for mode in modes:
                     with table.at() if mode == "pinned" else nullcontext():
                         if mode in READ:
-                            _counted(reader, mode, lambda mode=mode: trainer.steps(mode, options.steps), counts[mode])
+                            _counted(reader, mode, work, counts[mode])
                         else:
-                            trainer.steps(mode, options.steps)
-                        kept_bytes = max(kept_bytes, sum(shard.version_bytes for shard in pool.status().shards))
-    _tell(modes, trainer.times, counts, kept_bytes)
+                            work(mode)
+    _tell(modes, trainer.times, counts, max(kept))
     return 1 if counts["version read"][1] else 0
 
 
-def _counted(reader: Child, mode: str, work: Any, counts: list[float]) -> None:
+def _counted(reader: Child, mode: str, work: Callable[[str], None], counts: list[float]) -> None:
     """What the reader did while this worked."""
     reader.say(mode)
     assert reader.hear() == "ready"
     began_s = time.monotonic()
-    work()
+    work(mode)
     reader.say("enough")
     lookups, wrong = reader.hear()
     for place, each in enumerate((lookups, wrong, time.monotonic() - began_s)):
