@@ -109,7 +109,7 @@ class Trainer:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lookups", type=int, default=100_000)
-    parser.add_argument("--rate", type=float, default=200.0, help="look-ups a second of a reader; 0: no limit")
+    parser.add_argument("--rate", type=float, default=390.0, help="look-ups a second of a reader; 0: no limit")
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=MODES[1:], help="beside alone")
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40, help="of a block")
