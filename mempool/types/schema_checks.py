@@ -272,7 +272,9 @@ def _shape_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
     square = root * root == schema.num_slots
     ways = _ways(schema)
     size = least_root(schema.num_slots, ways)
-    if ways > 1 and (size**ways != schema.num_slots or (ways > 2 and size < 2)):
+    # Trained keys of two parts take any number of slots: the last products are none.
+    wrong = isinstance(schema.keys, ProductKeySpec) and not square
+    if wrong or (ways > 2 and (size**ways != schema.num_slots or size < 2)):
         needs = (
             "is not a square; product keys need n * n"
             if ways == 2

@@ -88,31 +88,31 @@ def test_flat_keys_train_as_in_torch(pools: Pools, name: str, shards: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "shards", "size", "ways"),
+    ("name", "shards", "num_slots", "ways"),
     [
-        ("sgd", 3, 13, 2),
-        ("adagrad", 1, 13, 2),
-        ("adamw", 2, 13, 2),
-        ("sgd", 2, 6, 3),
-        ("adagrad", 3, 6, 3),
-        ("adamw", 1, 4, 4),
+        ("sgd", 3, 13**2, 2),
+        ("adagrad", 1, 13**2 - 15, 2),
+        ("adamw", 2, 13**2, 2),
+        ("sgd", 2, 6**3, 3),
+        ("adagrad", 3, 6**3, 3),
+        ("adamw", 1, 4**4, 4),
     ],
 )
 def test_a_layer_without_keys_trains_what_one_with_keys_does(
-    pools: Pools, name: str, shards: int, size: int, ways: int
+    pools: Pools, name: str, shards: int, num_slots: int, ways: int
 ) -> None:
     torch.manual_seed(4)
     optimizer, torchs = OPTIMIZERS[name]
     config: dict[str, Any] = {
-        "shards": shards, "num_slots": size**ways, "value_dim": 16, "optimizer": Adagrad(lr=0.1)
+        "shards": shards, "num_slots": num_slots, "value_dim": 16, "optimizer": Adagrad(lr=0.1)
     }  # fmt: skip
     there = pools.table(keys=mempool.ProductKeys(heads=2, key_dim=4 * ways, ways=ways, optimizer=optimizer), **config)
     here = pools.table(**config)
     thin = MemoryLayer(10, table=there, keys="pool", topk=TOPK)
     whole = MemoryLayer(10, table=here, heads=2, key_dim=4 * ways, ways=ways, topk=TOPK)
     assert thin.half_keys is None
-    assert (thin.heads, thin.key_dim, thin.ways, thin.codebook_size) == (2, 4 * ways, ways, size)
-    assert there.read_keys().shape == (2, ways, size, 4)
+    assert (thin.heads, thin.key_dim, thin.ways) == (2, 4 * ways, ways)
+    assert there.read_keys().shape == (2, ways, thin.codebook_size, 4)
     assert not any("keys" in name for name in thin.state_dict())
     whole.load_state_dict({**thin.state_dict(), "half_keys": there.read_keys()})
     steps = []
@@ -170,6 +170,26 @@ def test_keys_of_more_parts_choose_what_brute_force_does(pools: Pools, shards: i
     assert torch.equal(table.read_keys(torch.tensor([1])), own[1:])
     for topk in (1, 5, 40, size**ways):
         scores, ids = brute_force(product_scores(queries, own), topk)
+        found = table.score(queries, topk)
+        assert torch.equal(found.ids, ids)
+        assert torch.equal(found.scores, scores)
+        assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+
+
+@pytest.mark.parametrize("num_slots", [17**2 - 1, 17**2 - 20, 16**2 + 1])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_slots_that_are_no_square_are_chosen_as_by_brute_force(pools: Pools, shards: int, num_slots: int) -> None:
+    keys = mempool.ProductKeys(heads=2, key_dim=6, optimizer=SGD(1.0))
+    table = pools.table(shards=shards, num_slots=num_slots, value_dim=4, keys=keys)
+    own, queries = integers(2, 2, 17, 3, seed=1), integers(25, 2, 6, seed=2)
+    own[:, 0, num_slots // 17 :], own[:, 1, num_slots % 17 :] = (
+        4.0,
+        4.0,
+    )  # what is cut, and beside it, is often the best
+    queries[::2] = queries[::2].abs()
+    table.write_keys(own)
+    for topk in (1, 5, num_slots):
+        scores, ids = brute_force(product_scores(queries, own)[..., :num_slots], topk)
         found = table.score(queries, topk)
         assert torch.equal(found.ids, ids)
         assert torch.equal(found.scores, scores)

@@ -4,17 +4,28 @@ Legend: B bags, H heads, S sections (P per head with product keys of P parts, 1 
 of one, D key dim, n half-keys of one, W width of a row.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from mempool import kernels
+from mempool.client.keys.merging import Cut, Winners, best_of_cut, merged
 from mempool.types import OwnKeySpec, TableSchema, TrainedKeySpec
 from mempool.types.bags import Bags
 from mempool.types.keys import key_table
+
+
+class Chosen(NamedTuple):
+    """Attributes:
+    scores: [B, H, K] float32.
+    ids: [B, H, K] int64.
+    left_open: [M] int64: the queries for which all keys of their sections are needed; None: none are.
+    """
+
+    scores: Tensor
+    ids: Tensor
+    left_open: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +33,16 @@ class KeyLayout:
     """Where the keys of a table that trains them lie.
 
     Attributes:
-        keys: What the table says of them.
+        name: Of the table.
+        keys: What it says of them.
+        num_slots: Of the table whose keys they are.
         sections: Of the table of keys; rows: keys of each; slots: distance of two sections' first rows.
         width: Of a row.
     """
 
+    name: str
     keys: TrainedKeySpec
+    num_slots: int
     sections: int
     rows: int
     slots: int
@@ -42,7 +57,9 @@ class KeyLayout:
         assert isinstance(schema.keys, TrainedKeySpec)
         assert isinstance(made.keys, OwnKeySpec)
         return cls(
+            name=schema.name,
             keys=schema.keys,
+            num_slots=schema.num_slots,
             sections=made.keys.sections,
             rows=made.keys.rows,
             slots=made.num_slots // made.keys.sections,
@@ -53,32 +70,41 @@ class KeyLayout:
         """[B, H, D] -> [B, S, W]: with product keys the parts of each head."""
         return queries_BHD.reshape(queries_BHD.shape[0], self.sections, self.width)
 
-    def candidates(self, topk: int) -> int:
-        """How many of each section have a part in the top-k."""
-        return min(topk, self.rows)
+    @property
+    def cut(self) -> Cut | None:
+        """Where its slots are no square, and the last products no slots."""
+        if not self.keys.product or self.rows**self.keys.ways == self.num_slots:
+            return None
+        return Cut(self.num_slots, self.rows)
 
-    def chosen(self, scores_BSC: Tensor, rows_BSC: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    def candidates(self, topk: int) -> int:
+        """How many of each section are asked for: as many as have a part in the top-k, and those that are cut off."""
+        more = 0 if self.cut is None else self.rows - self.cut.whole
+        return min(topk + more, self.rows)
+
+    def chosen(self, scores_BSC: Tensor, rows_BSC: Tensor, topk: int) -> Chosen:
         """The slots by (score descending, id ascending), of each section's best: the same as of all keys at once.
 
         Args:
             scores_BSC: Float32, best first.
             rows_BSC: Int64, of the table of keys.
-
-        Returns:
-            Scores [B, H, K] float32 and slot ids [B, H, K] int64.
         """
         if not self.keys.product:
-            return scores_BSC, rows_BSC
+            return Chosen(scores_BSC, rows_BSC, None)
         count, ways = scores_BSC.shape[-1], self.keys.ways
         first_S = torch.arange(self.sections, dtype=torch.int64, device=rows_BSC.device) * self.slots
-        index = (rows_BSC - first_S[:, None]).view(-1, ways, count)
-        parts = scores_BSC.view(-1, ways, count)
-        lists = [_List(parts[:, way], index[:, way], self.rows) for way in range(ways)]
-        # In pairs, and then one list after the other, as a layer merges those of keys of its own: to the same bits.
-        paired = [_merged(lists[way : way + 2], topk) for way in range(0, ways, 2)]
-        found = _merged(paired, topk)
+        index = (rows_BSC - first_S[:, None]).reshape(-1, ways, count)
+        parts = scores_BSC.reshape(-1, ways, count)
+        lists = [Winners(parts[:, way], index[:, way], self.rows) for way in range(ways)]
         shape = (scores_BSC.shape[0], self.keys.heads, topk)
-        return found.scores.view(shape), found.ids.view(shape)
+        if self.cut is not None:
+            found, left_open = best_of_cut(self.cut, lists[0], lists[1], topk)
+            queries = left_open.view(shape[:2]).any(dim=1).nonzero()[:, 0]
+            return Chosen(found.scores.view(shape), found.ids.view(shape), queries if len(queries) else None)
+        # In pairs, and then one list after the other, as a layer merges those of keys of its own: to the same bits.
+        paired = [merged(lists[way : way + 2], topk) for way in range(0, ways, 2)]
+        found = merged(paired, topk)
+        return Chosen(found.scores.view(shape), found.ids.view(shape), None)
 
     def key_bags(self, ids_BHK: Tensor, weights_BHK: Tensor) -> Bags:
         """The rows whose products with a query are its slots' scores, as B * S bags in the order of
@@ -103,34 +129,3 @@ class KeyLayout:
         first_MP = (ways * ids_M[:, None] + torch.arange(ways, dtype=torch.int64, device=ids_M.device)) * self.slots
         rows = torch.arange(self.rows, dtype=torch.int64, device=ids_M.device)
         return (first_MP[:, :, None] + rows).reshape(-1)
-
-
-class _List(NamedTuple):
-    """The best of a part of the keys, or of several together, best first.
-
-    Attributes:
-        scores: [M, C] float32.
-        ids: [M, C] int64, below ``worth``.
-        worth: What an id of the parts before counts for.
-    """
-
-    scores: Tensor
-    ids: Tensor
-    worth: int
-
-
-def _merged(lists: Sequence[_List], topk: int) -> _List:
-    """The best sums of one of each, one list after the other."""
-    found = lists[0]
-    for other in lists[1:]:
-        # By id, so that places are in the order of ids, which decides among equal sums.
-        (scores1, ids1), (scores2, ids2) = _by_id(found), _by_id(other)
-        at1, at2 = kernels.best_sums(scores1, scores2, min(topk, scores1.shape[1] * scores2.shape[1]))
-        ids = ids1.gather(1, at1) * other.worth + ids2.gather(1, at2)
-        found = _List(scores1.gather(1, at1) + scores2.gather(1, at2), ids, found.worth * other.worth)
-    return found
-
-
-def _by_id(found: _List) -> tuple[Tensor, Tensor]:
-    ids, order = found.ids.sort(dim=-1)
-    return found.scores.gather(-1, order), ids

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mempool.client.keys.layout import KeyLayout
+from mempool.client.keys.layout import Chosen, KeyLayout
 from mempool.client.routing.attempt import Seen
 from mempool.errors import InvalidRequest, NotFound
 from mempool.types import TableSchema
@@ -35,19 +35,32 @@ class KeyTables:
         try:
             if table_id is None:
                 table_id = await self._opened(router, schema, timeout_s)
-            found = await router.call(table_id, lambda attempt: attempt.score(parts, topk=count), timeout_s=timeout_s)
+            chosen, seen = await self._chosen(router, table_id, layout, parts, topk, count, timeout_s)
+            if chosen.left_open is not None:
+                some = parts[chosen.left_open]
+                whole, also = await self._chosen(router, table_id, layout, some, topk, layout.rows, timeout_s)
+                chosen.scores[chosen.left_open], chosen.ids[chosen.left_open] = whole.scores, whole.ids
+                seen = _both(seen, also)
         except NotFound:
             known = self._ids.pop(schema.table_id, None)
             if known is None or await self._opened(router, schema, timeout_s) == known:
                 raise
             return await self.score(router, schema, layout, queries, topk=topk, timeout_s=timeout_s)
-        scores, rows, seen = found
+        return chosen.scores, chosen.ids, seen
+
+    async def _chosen(
+        self, router: "Router", table_id: int, layout: KeyLayout, parts: Tensor, topk: int, count: int, timeout_s: float
+    ) -> tuple[Chosen, Seen]:
+        """What is chosen by so many candidates of each section."""
+        scores, rows, seen = await router.call(
+            table_id, lambda attempt: attempt.score(parts, topk=count), timeout_s=timeout_s
+        )
         if bool((rows < 0).any()):
             raise InvalidRequest(
-                f"table {schema.name!r} has fewer than {count} keys that give a score for every query: others hold NaN "
+                f"table {layout.name!r} has fewer than {count} keys that give a score for every query: others hold NaN "
                 "or inf. Write them anew (write_keys), or restore a checkpoint"
             )
-        return *layout.chosen(scores, rows, topk), seen
+        return layout.chosen(scores, rows, topk), seen
 
     async def _opened(self, router: "Router", schema: TableSchema, timeout_s: float) -> int:
         """The id of the table of its keys. Raises NotFound where there is another table of its name by now, whose the
@@ -61,3 +74,12 @@ class KeyTables:
             )
         self._ids[schema.table_id] = keys.schema.table_id
         return keys.schema.table_id
+
+
+def _both(first: Seen, second: Seen) -> Seen:
+    """What the answers of two calls come from."""
+    return Seen(
+        epoch=max(first.epoch, second.epoch),
+        oldest_version=min(first.oldest_version, second.oldest_version),
+        newest_version=max(first.newest_version, second.newest_version),
+    )
