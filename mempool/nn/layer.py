@@ -109,7 +109,7 @@ class MemoryLayer(FindsSlots):
             ``torch.compile``. "hierarchical": a key a slot, in groups with keys too, which all heads share
             (``mempool.nn.keys.hierarchical``): parameters, and as many as flat keys; the search is greedy.
         ways: Parts into which a query is cut, each with a codebook. 3 have far fewer half-keys than 2, and share each
-            among far more slots. None: 2.
+            among far more slots. None: 2, or as the keys in the pool have.
         score: Of product keys of two ways. "tucker": the halves' scores are multiplied through a trained core in place
             of added (UltraMem's TDQKR, ``mempool.nn.keys.tucker``); the search is greedy.
         rank: Of Tucker scores, the core is rank by rank. None: 2.

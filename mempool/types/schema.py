@@ -94,10 +94,12 @@ class OwnKeySpec:
     Attributes:
         sections: Its slots are so many ranges of equal length, of whole pages; each query is for one of them.
         rows: The slots of a section that are keys, from its first on; those after them fill its last page up.
+        ways: Sections of a head, as many as its keys have parts. Of one section it means nothing.
     """
 
     sections: int
     rows: int
+    ways: int = 2
 
 
 KeySpec = ProductKeySpec | FlatKeySpec | TrainedKeySpec | OwnKeySpec
@@ -109,7 +111,8 @@ class TableSchema:
 
     Attributes:
         table_id: Unique in the pool's life and never used again, so that a new table of an old name is another table.
-        stride: With product keys a slot id is ``i1 * stride + i2``; n today. 0 where num_slots is not a square.
+        stride: The root of num_slots, 0 where that is no square. With product keys that nobody trains a slot id is
+            ``i1 * stride + i2``.
         block_dim: Width of a column block; the last may be narrower.
         page_slots: Slots of a page, a power of two; the last page may have slots that are never used.
         dtype: What values are stored as; float8_e4m3fn and int8 with a float32 scale per (slot, block).

@@ -255,6 +255,7 @@ def _key_table_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
         section = schema.num_slots // max(1, keys.sections)
         whole = keys.sections * section == schema.num_slots and 1 <= keys.rows <= section
         paged = keys.sections == 1 or section % schema.page_slots == 0
+        whole = whole and (keys.sections == 1 or keys.sections % max(1, keys.ways) == 0)
         if not (keys.sections >= 1 and whole and paged and schema.num_blocks == 1 and schema.dtype == "float32"):
             text = "cuts no table of keys: float32 values in one column block, in sections of as many whole pages"
             yield SchemaProblem(path=("keys",), value=keys, text=text)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import mempool
@@ -189,6 +190,31 @@ def test_a_file_has_them_and_so_has_what_is_imported(pools: Pools, tmp_path: Pat
         pool.export_table("bare", file)
         fresh = pool.import_table(file, back.model_copy(update={"name": "fresh", "seed": 0}))
         assert torch.equal(fresh.read_keys(), made(pool, kind, num_slots=19**2, name="new").read_keys())
+
+
+@pytest.mark.parametrize(("heads", "ways", "num_slots"), [(1, 3, 5**3), (2, 3, 5**3), (3, 4, 3**4), (2, 2, 19**2 - 12)])
+def test_a_file_has_all_parts_of_them(pools: Pools, tmp_path: Path, heads: int, ways: int, num_slots: int) -> None:
+    keys = mempool.ProductKeys(heads=heads, key_dim=2 * ways, ways=ways, optimizer=SGD(lr=0.5))
+    config = mempool.TableConfig(name="facts", num_slots=num_slots, value_dim=8, keys=keys)
+    file = tmp_path / "table.safetensors"
+    with pools.fresh(2) as pool:
+        table = pool.create_table(config)
+        table.lookup(torch.randn(6, heads, 2 * ways), 4).values.square().sum().backward()
+        table.commit()
+        own = table.read_keys()
+        pool.export_table("facts", file)
+        assert torch.equal(safetensors.torch.load_file(file)["head_keys"], own)
+        copy = pool.import_table(file, name="copy")
+        assert copy.schema.keys == table.schema.keys
+        assert torch.equal(copy.read_keys(), own)
+        forms = {"heads": own, "stacked": own.flatten(0, 2), "pairs": own.transpose(1, 2).contiguous()}
+        for name, form in forms.items():
+            safetensors.torch.save_file({"values": all_rows(table), "keys": form}, file)
+            imported = pool.import_table(file, config.model_copy(update={"name": name}))
+            assert torch.equal(imported.read_keys(), own), name
+        safetensors.torch.save_file({"values": all_rows(table), "keys": own[:, 1:].contiguous()}, file)
+        with pytest.raises(errors.InvalidRequest, match="takes"):
+            pool.import_table(file, config.model_copy(update={"name": "lacking"}))
 
 
 def test_a_pool_on_a_disk_has_them_again(tmp_path: Path) -> None:

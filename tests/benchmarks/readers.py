@@ -43,8 +43,15 @@ class Lookups:
         self._table, self._rows, self._rate = table, rows, rate
         self._stop = threading.Event()
         self.lookups = self.wrong = 0
-        self._thread = threading.Thread(target=self._read)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work)
         self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            self._read()
+        except BaseException as error:
+            self._error = error
 
     def _read(self) -> None:
         random, next_s = torch.Generator().manual_seed(1), time.monotonic()
@@ -62,6 +69,8 @@ class Lookups:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def read(parent: Parent, *, address: str, rate: float) -> None:

@@ -84,21 +84,21 @@ def check_values(layout: FileLayout, schema: TableSchema) -> None:
 def key_form(tensor: TensorEntry, schema: TableSchema) -> KeyForm:
     """How the keys of a file lie, by the table that they are for. Raises InvalidRequest where they do not fit it."""
     fitting: list[tuple[KeyForm, tuple[int, ...]]] = []
-    keys, product = schema.keys, (0, 0, 0)
+    keys, product = schema.keys, (0, 2, 0, 0)
     if isinstance(keys, FlatKeySpec):
         fitting = [("flat", (schema.num_slots, keys.key_dim))]
     elif isinstance(keys, ProductKeySpec):
-        product = (keys.heads, math.isqrt(schema.num_slots), keys.key_dim // 2)
+        product = (keys.heads, 2, math.isqrt(schema.num_slots), keys.key_dim // 2)
     elif isinstance(keys, OwnKeySpec) and keys.sections == 1:
         fitting = [("flat", (keys.rows, schema.value_dim))]
     elif isinstance(keys, OwnKeySpec):
-        product = (keys.sections // 2, keys.rows, schema.value_dim)
-    heads, n, half = product
+        product = (keys.sections // keys.ways, keys.ways, keys.rows, schema.value_dim)
+    heads, ways, n, width = product
     if heads:
         fitting = [
-            ("heads", (heads, 2, n, half)),
-            ("stacked", (2 * heads * n, half)),
-            ("pairs", (heads, n, 2, half)),
+            ("heads", (heads, ways, n, width)),
+            ("stacked", (ways * heads * n, width)),
+            ("pairs", (heads, n, ways, width)),
         ]
     for form, shape in fitting:
         if tensor.shape == shape:

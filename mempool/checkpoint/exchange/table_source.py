@@ -129,16 +129,17 @@ class TableSource:
             first = number * section
             begin, end = max(slots.start, first), min(slots.stop, first + keys.rows)
             if begin < end:
-                rows = self._half(tensor, form, number, keys.rows)[begin - first : end - first]
+                rows = self._part(tensor, form, number, keys)[begin - first : end - first]
                 found[begin - slots.start : end - slots.start] = rows
         return found
 
-    def _half(self, tensor: TensorEntry, form: str, section: int, n: int) -> Tensor:
-        """Half-keys of one half of one head, [n, key_dim / 2]."""
+    def _part(self, tensor: TensorEntry, form: str, section: int, keys: OwnKeySpec) -> Tensor:
+        """Half-keys of one part of one head, [n, key_dim / ways]."""
         if form == "stacked":
-            return self._tensors.rows(tensor.name, section * n, n).float()
-        head = self._tensors.rows(tensor.name, section // 2, 1)[0].float()
-        return head[section % 2] if form == "heads" else head[:, section % 2]
+            return self._tensors.rows(tensor.name, section * keys.rows, keys.rows).float()
+        number, part = divmod(section, keys.ways)
+        head = self._tensors.rows(tensor.name, number, 1)[0].float()
+        return head[part] if form == "heads" else head[:, part]
 
     def _keys(self) -> TensorEntry:
         if self.layout.keys is None:

@@ -13,12 +13,12 @@ from mempool.types import OwnKeySpec, TableSchema
 
 
 def key_entry(schema: TableSchema) -> TensorEntry:
-    """The tensor of a table of keys: [num_slots, key_dim], or [heads, 2, n, key_dim / 2]."""
+    """The tensor of a table of keys: [num_slots, key_dim], or [heads, ways, n, key_dim / ways]."""
     keys, width = schema.keys, schema.value_dim
     assert isinstance(keys, OwnKeySpec)
     if keys.sections == 1:
         return TensorEntry(name=FLAT_KEYS, dtype="float32", shape=(keys.rows, width))
-    return TensorEntry(name=HEAD_KEYS, dtype="float32", shape=(keys.sections // 2, 2, keys.rows, width))
+    return TensorEntry(name=HEAD_KEYS, dtype="float32", shape=(keys.sections // keys.ways, keys.ways, keys.rows, width))
 
 
 def key_rows(table: StoredTable, *, batch_bytes: int) -> Iterator[Tensor]:
@@ -27,7 +27,7 @@ def key_rows(table: StoredTable, *, batch_bytes: int) -> Iterator[Tensor]:
     keys, pages = schema.keys, Pages.all(schema)
     assert isinstance(keys, OwnKeySpec)
     shape = key_entry(schema).shape[1:]
-    per_row = 1 if keys.sections == 1 else 2 * keys.rows
+    per_row = 1 if keys.sections == 1 else keys.ways * keys.rows
     section, at, left = schema.num_slots // keys.sections, 0, torch.empty(0, schema.value_dim)
     for batch in table.batches(pages, arrays=(VALUES,), batch_bytes=batch_bytes):
         some = batch.arrays[VALUES][: schema.num_slots - at]

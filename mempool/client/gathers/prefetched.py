@@ -57,11 +57,19 @@ class Prefetched:
         """Of all that are kept."""
         return self._reserved + sum(fetch.num_bytes for fetch in tuple(self._fetches))
 
-    def has_room(self, num_bytes: int, *, version: int | None) -> bool:
-        """Whether ``start`` would start a gather now."""
+    def reserve(self, num_bytes: int, *, version: int | None) -> bool:
+        """Keep room for a gather that is to be started by another thread, unless there is none; ``release`` it then."""
         with self._lock:
             self._sweep(version)
-            return not self._writers and self.num_bytes + num_bytes <= self._max_bytes
+            if self._writers or self.num_bytes + num_bytes > self._max_bytes:
+                return False
+            self._reserved += num_bytes
+            return True
+
+    def release(self, num_bytes: int) -> None:
+        """What was reserved is not needed any more."""
+        with self._lock:
+            self._reserved -= num_bytes
 
     def start(
         self,

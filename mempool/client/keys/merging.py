@@ -78,7 +78,9 @@ def best_of_cut(cut: Cut, firsts: Winners, seconds: Winners, topk: int) -> tuple
     scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
     best_scores, places = kernels.select_topk(scores, topk)
     first_row = is_cut.to(torch.int8).argmax(dim=1)
-    is_best = has_cut & ~(rows & (torch.arange(rows.shape[1], device=rows.device) < first_row[:, None])).any(dim=1)
+    is_best = has_cut & ~(
+        rows & (torch.arange(rows.shape[1], dtype=torch.int64, device=rows.device) < first_row[:, None])
+    ).any(dim=1)
     left_open = is_best & (there.sum(dim=1) < min(topk, cut.rest))
     return Winners(best_scores, ids.gather(1, places), size * size), left_open
 

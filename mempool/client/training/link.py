@@ -194,10 +194,11 @@ class TableLink:
             ask=lambda: self.begin_gather(bags, remember=remember),
         )
 
-    def has_room_ahead(self, num_rows: int) -> bool:
-        """Whether ``prefetch`` of bags of one pair each would start it now."""
+    def reserve_ahead(self, num_rows: int) -> int | None:
+        """Keep room for a ``prefetch`` of at most so many bags of one pair each, until ``prefetched.release`` of the
+        bytes that this answers; None where there is not as much."""
         num_bytes = num_rows * (8 + 8 + 4 * self.value_dim)
-        return self.prefetched.has_room(num_bytes, version=self.session.known_version)
+        return num_bytes if self.prefetched.reserve(num_bytes, version=self.session.known_version) else None
 
     def _bytes_of(self, bags: Bags) -> int:
         """Of a gather and its answer."""

@@ -75,7 +75,11 @@ def best_sums(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]
     Returns:
         i1 [M, k] and i2 [M, k], int64, best first.
     """
-    num_rows, width = scores2.shape
+    num_rows, width = scores2.shape[0], scores2.shape[-1]
+    check_matrix("scores1", scores1, (num_rows, scores1.shape[-1]), torch.float32, scores2.device)
+    check_matrix("scores2", scores2, (num_rows, width), torch.float32, scores2.device)
+    if not 1 <= k <= scores1.shape[-1] * width:
+        raise ValueError(f"k must lie in 1..{scores1.shape[-1] * width}, got {k}")
     if scores1.shape[-1] == width:
         return product_select(scores1, scores2, k, width)
     places = torch.empty(num_rows, k, dtype=torch.int64, device=scores1.device)

@@ -79,7 +79,7 @@ class FindsSlots(nn.Module):
         """The queries as they are scored, norms and scale included.
 
         ``table.lookup(layer.scoring_queries(x), topk=layer.topk)`` on a table that was given ``layer.scoring_keys()``
-        (``Table.write_keys``) finds what this layer finds, with product keys of two ways and ``score="sum"``.
+        (``Table.write_keys``) finds what this layer finds, with product keys of as many ways and ``score="sum"``.
 
         Args:
             x: [..., dim].

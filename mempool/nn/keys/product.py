@@ -166,10 +166,12 @@ def _best_in(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, d
     """The k best of a box, or as many as it has."""
     from mempool.kernels import SCORING_PARTS, make_ready, parts_topk
 
-    if len(box) > 2 and topk <= min(end - first for first, end in box):
+    size = keys.shape[2]
+    # Where more than the first part is cut, pairs are made of others, whose sums have other bits.
+    if len(box) > 2 and all(each == (0, size) for each in box[1:]) and topk <= box[0][1] - box[0][0]:
         if queries.device.type == "cpu":
             make_ready(SCORING_PARTS)
-        fused = parts_topk(queries.contiguous(), keys.contiguous(), topk, box)
+        fused = parts_topk(queries, keys, topk, box)
         if fused is not None:
             found = Found(fused[0], tuple(fused[1]))
             left_open = (found.parts[0][..., 0] < 0).any(dim=-1).nonzero().squeeze(-1)

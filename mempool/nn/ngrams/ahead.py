@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS
 
@@ -18,18 +18,39 @@ class Ahead(Generic[T]):
 
     Args:
         work: What is to be done; nobody sees its errors.
+        never: Called where it will not be done.
     """
 
-    def __init__(self, work: Callable[[], T]) -> None:
+    def __init__(self, work: Callable[[], T], *, never: Callable[[], object] | None = None) -> None:
         self._work = work
+        self._never = never
+        self._pid = os.getpid()
         self._done: Future[T] = Future()
-        _helper(os.getpid()).take(self)
+        _helper(self._pid).take(self)
+
+    @classmethod
+    def of(cls, result: T) -> Self:
+        """What is done already."""
+        done = cls.__new__(cls)
+        done._pid, done._done = os.getpid(), Future()
+        done._done.set_result(result)
+        return done
 
     def result(self) -> T | None:
-        """Waits for what is being done. None where it was not begun, and is not any more, or has failed."""
-        if self._done.cancel():
+        """Waits for what is being done. None where it was not begun, and is not any more, or has failed; and in a
+        process that was forked, as the thread is its parent's."""
+        if os.getpid() != self._pid or self.cancel():
             return None
         return None if self._done.exception() is not None else self._done.result()
+
+    def cancel(self) -> bool:
+        """Whether it was not begun, and will not be any more."""
+        was_done = self._done.cancelled()
+        if not self._done.cancel():
+            return False
+        if not was_done and self._never is not None:
+            self._never()
+        return True
 
     def do(self) -> None:
         """For the thread."""

@@ -7,6 +7,7 @@ tokens, U rows asked for, V value dim.
 import copy
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, Self, Unpack
 
 import torch
@@ -243,7 +244,7 @@ class NgramLookup(nn.Module):
         after the step before. What a commit made old is asked for anew by the call, which warns once.
 
         Returns:
-            Whether it was started (``Table.prefetch``).
+            Whether it was started, or will be: as of ``Table.prefetch``, False where there is no room for its answer.
 
         Raises:
             InvalidRequest: As a call.
@@ -252,17 +253,27 @@ class NgramLookup(nn.Module):
         link = self.table.link
         commits = link.session.commits
         self._ahead = [each for each in self._ahead if each.commits == commits][-_MAX_AHEAD:]
-        if not link.has_room_ahead(here.numel() * self.ngrams.columns):
-            return False
         remember = self.training and torch.is_grad_enabled() and self.table.requires_grad
+        count = here.numel() if places.real is None else int(places.real.sum())
+        reserved = link.reserve_ahead(count * self.ngrams.columns)
+        if reserved is None:  # but each slot may be there many times: what it takes is known once they are
+            now = self._asked(here, places)
+            started = not now.bags.num_pairs or link.prefetch(now.bags, remember=remember)
+            if started:
+                self._ahead.append(_Prefetched(here, places, commits, Ahead.of(now)))
+            return started
 
         def ask() -> _Asked:
-            asked = self._asked(here, places)
+            try:
+                asked = self._asked(here, places)
+            finally:
+                link.prefetched.release(reserved)
             if asked.bags.num_pairs:
                 link.prefetch(asked.bags, remember=remember)
             return asked
 
-        self._ahead.append(_Prefetched(here, places, commits, Ahead(ask)))
+        never = partial(link.prefetched.release, reserved)
+        self._ahead.append(_Prefetched(here, places, commits, Ahead(ask, never=never)))
         return True
 
     def _given(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Places]:
@@ -393,6 +404,8 @@ class NgramLookup(nn.Module):
         if len(parts) == len(found):  # a part of a hash is none
             for _, part, own in parts:
                 own.copy_(part)
+            for ahead in self._ahead:
+                ahead.asked.cancel()
             self._ahead = []
         self.table.link.expect(copied_version(local_metadata.get(_VERSION)), whose="a model")
 

@@ -92,7 +92,7 @@ def places_of(
 def _real(mask: Tensor, tokens: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != tokens.shape:
         raise InvalidRequest(f"mask is {_shape(mask)} for tokens of {list(tokens.shape)}; they must agree")
-    here = mask.detach().to("cpu")
+    here = mask.detach().to("cpu", copy=True)  # of a prefetch it is read later
     if here.dtype != torch.bool and not bool(((here == 0) | (here == 1)).all()):
         raise InvalidRequest("mask has values that are neither 0 nor 1: give True (or 1) for tokens, False for padding")
     return here.to(torch.bool)

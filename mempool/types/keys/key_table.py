@@ -68,7 +68,7 @@ def key_table(schema: TableSchema) -> TableSchema | None:
         init_std=1.0 / math.sqrt(keys.key_dim),
         layout="rows",
         optimizer=keys.optimizer,
-        keys=OwnKeySpec(sections=sections, rows=rows),
+        keys=OwnKeySpec(sections=sections, rows=rows, ways=keys.ways),
         rounding="nearest",
         master=False,
         usage=False,

@@ -175,7 +175,9 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
         )
         message.trained_keys.CopyFrom(trained)
     elif isinstance(value.keys, OwnKeySpec):
-        message.own_keys.CopyFrom(table_pb2.OwnKeySpec(sections=value.keys.sections, rows=value.keys.rows))
+        message.own_keys.CopyFrom(
+            table_pb2.OwnKeySpec(sections=value.keys.sections, rows=value.keys.rows, ways=value.keys.ways)
+        )
     elif value.keys is not None:
         flat = table_pb2.FlatKeySpec(key_dim=value.keys.key_dim, deterministic=value.keys.deterministic)
         message.flat_keys.CopyFrom(flat)
@@ -203,7 +205,8 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
             ways=trained.ways or 2,
         )
     elif message.HasField("own_keys"):
-        keys = OwnKeySpec(sections=message.own_keys.sections, rows=message.own_keys.rows)
+        own = message.own_keys
+        keys = OwnKeySpec(sections=own.sections, rows=own.rows, ways=own.ways or 2)
     dtype = choice(_STORAGE_DTYPE_NAMES, message.dtype, "TableSchema.dtype")
     rounding = default_rounding(dtype, master=message.master)
     if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:

@@ -150,9 +150,9 @@ class MemoryServiceStub:
 
     Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
     with product keys, add up what the sections of a head find, as (i1 * n + i2) * n + ... of n half-keys each, those of
-    pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
-    An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
-    step with the table's own.
+    pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were
+    scored, with those weights, answers the gradient of the query. An Update of them with those weights, whose gradient is
+    the query, is that of the keys: Prepare and Commit name it in one step with the table's own.
 
     ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
     """
@@ -291,9 +291,9 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
     with product keys, add up what the sections of a head find, as (i1 * n + i2) * n + ... of n half-keys each, those of
-    pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
-    An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
-    step with the table's own.
+    pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were
+    scored, with those weights, answers the gradient of the query. An Update of them with those weights, whose gradient is
+    the query, is that of the keys: Prepare and Commit name it in one step with the table's own.
 
     ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
     """
@@ -471,9 +471,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Keys that are trained (TrainedKeySpec) are scored by naming their own table, "NAME:keys", whose sections are the heads:
         with product keys, add up what the sections of a head find, as (i1 * n + i2) * n + ... of n half-keys each, those of
-        pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were scored, with those weights, answers the gradient of the query.
-        An Update of them with those weights, whose gradient is the query, is that of the keys: Prepare and Commit name it in one
-        step with the table's own.
+        pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were
+        scored, with those weights, answers the gradient of the query. An Update of them with those weights, whose gradient is
+        the query, is that of the keys: Prepare and Commit name it in one step with the table's own.
 
         ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
         """

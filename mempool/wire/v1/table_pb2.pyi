@@ -359,19 +359,23 @@ class OwnKeySpec(_message.Message):
 
     SECTIONS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    WAYS_FIELD_NUMBER: _builtins.int
     sections: _builtins.int
     """The slots are so many ranges of equal length: Score's heads."""
     rows: _builtins.int
     """Slots of a section that are keys, from its first on."""
+    ways: _builtins.int
+    """Sections of a head, as many as its keys have parts; 2 where it is not set. Of one section it means nothing."""
     def __init__(
         self,
         *,
         sections: _builtins.int = ...,
         rows: _builtins.int = ...,
+        ways: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "sections", b"sections"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "sections", b"sections", "ways", b"ways"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

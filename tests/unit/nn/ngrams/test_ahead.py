@@ -6,7 +6,9 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
+from mempool.client.gathers.prefetched import Prefetched
 from mempool.nn import NgramMemory
 from mempool.nn.ngrams.ahead import Ahead
 
@@ -61,6 +63,77 @@ def test_what_fails_is_done_by_the_call_that_wants_it() -> None:
     ahead = Ahead(fail)
     begun(ahead)
     assert ahead.result() is None
+
+
+def test_a_mask_may_be_refilled_after_a_prefetch(memory: NgramMemory) -> None:  # noqa: F811
+    _, tokens = batch()
+    masks = [torch.rand(tokens.shape) < 0.5 for _ in range(2)]
+    expected = [memory.lookup(tokens, mask=mask).values for mask in masks]
+    ends, buffer = threading.Event(), torch.empty_like(masks[0])
+    holds_up = Ahead(lambda: ends.wait(30.0))
+    begun(holds_up)
+    for mask in masks:
+        assert memory.prefetch(tokens, mask=buffer.copy_(mask))
+    ends.set()
+    for ahead in memory.lookup._ahead:
+        begun(ahead.asked)
+    found = [memory.lookup(tokens, mask=buffer.copy_(mask)).values for mask in masks]
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+
+
+def test_as_much_is_prefetched_as_there_is_room_for(memory: NgramMemory) -> None:  # noqa: F811
+    link, (_, tokens) = memory.lookup.table.link, batch()
+    rows = tokens.numel() * memory.lookup.ngrams.columns
+    link.prefetched = Prefetched(max_bytes=int(2.5 * rows * (16 + 4 * link.value_dim)))
+    ends = threading.Event()
+    holds_up = Ahead(lambda: ends.wait(30.0))
+    begun(holds_up)
+    try:
+        others = [tokens.roll(times) for times in range(2)]
+        assert [memory.prefetch(each) for each in others] == [True, True]
+        assert memory.prefetch(torch.full_like(tokens, 3))  # more than there is room for, but for few slots
+        assert not memory.prefetch(torch.arange(tokens.numel()).view(tokens.shape) % 11)
+    finally:
+        ends.set()
+    for each in others:
+        memory.lookup(each)
+    memory.lookup(torch.full_like(tokens, 3))
+    assert link.prefetched.num_bytes == 0
+
+
+def test_what_is_not_done_gives_back_its_room(memory: NgramMemory) -> None:  # noqa: F811
+    _, tokens = batch()
+    prefetched, ends = memory.lookup.table.link.prefetched, threading.Event()
+    holds_up = Ahead(lambda: ends.wait(30.0))
+    begun(holds_up)
+    try:
+        assert memory.prefetch(tokens)
+        assert prefetched.num_bytes > 0
+        memory.lookup.load_state_dict(memory.lookup.state_dict())
+        assert prefetched.num_bytes == 0
+    finally:
+        ends.set()
+
+
+def _forked(send: Any, ahead: "Ahead[Any]") -> None:
+    send.send(ahead.result())
+
+
+def test_a_forked_process_waits_for_no_thread_of_its_parent() -> None:
+    ends = threading.Event()
+    under_way = Ahead(lambda: ends.wait(30.0))
+    begun(under_way)
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_forked, args=(send, under_way), daemon=True)
+    child.start()
+    try:
+        assert receive.poll(20.0), "the child waits for its parent's thread"
+        assert receive.recv() is None
+    finally:
+        ends.set()
+        child.kill()
+    child.join(30.0)
 
 
 def _child(send: object) -> None:
