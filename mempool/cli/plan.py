@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 def plan(
     width: Annotated[int, typer.Option("--width", metavar="N", help="Width of the model, and of values.")],
-    slots: Annotated[int, typer.Option("--slots", metavar="N", help="Slots of a table; a square for product keys.")],
+    slots: Annotated[int, typer.Option("--slots", metavar="N", help="Slots of a table.")],
     value_dim: Annotated[
         int | None, typer.Option("--value-dim", metavar="N", help="Columns, where they are not as many as the width.")
     ] = None,
@@ -51,6 +51,7 @@ def plan(
     key_optimizer: Annotated[
         str, typer.Option("--key-optimizer", metavar="NAME[,FIELD=VALUE]", help="That trains them.")
     ] = "adamw,dense=true",
+    ways: Annotated[int, typer.Option("--ways", metavar="N", help="Parts of such product keys.")] = 2,
     layout: Annotated[
         str, typer.Option("--layout", metavar="LAYOUT", help="columns, rows or grid; auto looks at all of them.")
     ] = "auto",
@@ -113,7 +114,7 @@ def plan(
         table = _config(
             num_slots=slots, value_dim=width if value_dim is None else value_dim, dtype=dtype, master=master,
             optimizer=_optimizer(optimizer, "--optimizer"), layout=layout, block_dim=block_dim, page_slots=page_slots,
-            keys=_keys(keys, heads, key_dim, key_optimizer),
+            keys=_keys(keys, heads, key_dim, ways, key_optimizer),
         )  # fmt: skip
         model = Model.model_validate(
             {
@@ -170,11 +171,11 @@ def _config(**fields: Any) -> "TableConfig":
     return TableConfig.model_validate({"name": _NAME, **fields})
 
 
-def _keys(kind: str | None, heads: int, key_dim: int, optimizer: str) -> dict[str, Any] | None:
+def _keys(kind: str | None, heads: int, key_dim: int, ways: int, optimizer: str) -> dict[str, Any] | None:
     """Keys that train in the pool, as a file has them; None: they are the model's."""
     if kind is None:
         return None
-    of_heads = {} if kind == "flat" else {"heads": heads}
+    of_heads = {} if kind == "flat" else {"heads": heads, "ways": ways}
     return {"type": kind, "key_dim": key_dim, "optimizer": _optimizer(optimizer, "--key-optimizer"), **of_heads}
 
 

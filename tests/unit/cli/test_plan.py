@@ -119,6 +119,12 @@ def test_an_optimizer_with_fields(command: Command) -> None:
         (["--optimizer", "sgd,mass=1"], 1, "mass = 1.0 is not a known field"),
         (["--optimizer", "sgd,momentum=much"], 1, "momentum = 'much' is not a number"),
         (["--keys", "tree"], 1, "TableConfig.keys.type = 'tree' must be one of 'product', 'flat'"),
+        (["--keys", "product", "--ways", 3], 1, "TableConfig.keys.key_dim = 128 is no multiple of 3"),
+        (
+            ["--keys", "product", "--ways", 3, "--key-dim", 96, "--slots", 4097],
+            1,
+            "3 parts need n at least 2. Nearest:",
+        ),
         (["--keys", "flat"], 1, "heads = 4, and the keys in the pool are of 1: give as many"),
         (["--keys", "product", "--key-optimizer", "adam,lr"], 2, "--key-optimizer 'adam,lr': 'lr' is no FIELD=VALUE"),
         (["--dtype", "float16"], 1, "TableConfig.dtype = 'float16' must be"),
