@@ -1,7 +1,6 @@
 """Keys that train in the pool have one life with their table: made, dropped, saved, restored, read at a version."""
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from killed_copies import left_by_a_kill
 
 import mempool
 from mempool import errors
@@ -223,7 +223,7 @@ def test_a_pool_on_a_disk_has_them_again(tmp_path: Path) -> None:
             train(made(pool, kind))
             train(pool.table(kind))
         before = {kind: everything_of(pool.table(kind)) for kind in KEYS}
-        shutil.copytree(tmp_path / "memory", tmp_path / "killed")  # what a kill -9 leaves
+        left_by_a_kill(tmp_path / "memory", tmp_path / "killed")
     for place in ("killed", "memory"):
         reopened(tmp_path / place, before)
 

@@ -6,7 +6,6 @@ It is that of a process that was killed: of its shards each has a snapshot, and 
 written while tables are trained, moved and checkpointed. Beside it lies what its tables hold.
 """
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import mempool
 from mempool import optim
 from mempool.shard.durable.store import Store
 from tests.support.durable_trainer import contents
+from tests.support.killed_copies import left_by_a_kill
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONTENTS = "contents.safetensors"
@@ -88,7 +88,7 @@ def write(path: Path) -> dict[str, Tensor]:
                 pool.drop_table("restored")
         train(tables, STEPS + 1, commit=False)
         found = contents(tables)
-        shutil.copytree(Path(live, "local"), path / "local")
+        left_by_a_kill(Path(live, "local"), path / "local")
     save_file(found, path / CONTENTS)
     return found
 

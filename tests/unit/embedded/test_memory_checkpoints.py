@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from durable_trainer import contents, differences, open_tables
+from killed_copies import left_by_a_kill
 from torch import Tensor
 
 import mempool
@@ -32,10 +33,25 @@ def train(tables: list[mempool.Table], step: int) -> None:
 
 def killed(path: Path) -> Path:
     """What a ``kill -9`` of the process that uses this folder leaves, now: another folder."""
-    left = path.with_name(f"{path.name}-killed")
-    shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(path, left)
-    return left
+    return left_by_a_kill(path, path.with_name(f"{path.name}-killed"))
+
+
+def test_a_copy_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, copy, copied = tmp_path / "folder", shutil.copytree, []
+    folder.mkdir()
+    (folder / "segment").write_text("1")
+
+    def disturbed(*given: object, **named: object) -> object:
+        copied.append(copy(*given, **named))  # type: ignore[arg-type]
+        if len(copied) == 1:  # written to while it is read
+            (folder / "segment").write_text("12")
+            (folder / "synced").write_text("2")
+        return copied[-1]
+
+    monkeypatch.setattr(shutil, "copytree", disturbed)
+    left = killed(folder)
+    assert len(copied) == 2
+    assert [path.read_text() for path in sorted(left.iterdir())] == ["12", "2"]
 
 
 def held(path: Path, names: tuple[str, ...] = NAMES) -> dict[str, Tensor]:
