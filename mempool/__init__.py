@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mempool import errors, nn, optim
     from mempool.client import Lookup, Pool, Table, connect
-    from mempool.config import FlatKeys, ProductKeys, TableConfig
+    from mempool.config import FlatKeys, HierarchicalKeys, ProductKeys, TableConfig
     from mempool.embedded import local
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FlatKeys",
+    "HierarchicalKeys",
     "Lookup",
     "Pool",
     "ProductKeys",
@@ -36,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "FlatKeys": "mempool.config",
+    "HierarchicalKeys": "mempool.config",
     "Lookup": "mempool.client",
     "Pool": "mempool.client",
     "ProductKeys": "mempool.config",

@@ -45,7 +45,8 @@ def plan(
         typer.Option("--optimizer", metavar="NAME[,FIELD=VALUE]", help="Such as adam, or sgd,momentum=0.9."),
     ] = "adagrad",
     keys: Annotated[
-        str | None, typer.Option("--keys", metavar="KIND", help="Keys that train in the pool: product or flat.")
+        str | None,
+        typer.Option("--keys", metavar="KIND", help="Keys that train in the pool: product, flat, hierarchical."),
     ] = None,
     key_dim: Annotated[int, typer.Option("--key-dim", metavar="N", help="Width of such a key, and of a query.")] = 128,
     key_optimizer: Annotated[
@@ -175,7 +176,7 @@ def _keys(kind: str | None, heads: int, key_dim: int, ways: int, optimizer: str)
     """Keys that train in the pool, as a file has them; None: they are the model's."""
     if kind is None:
         return None
-    of_heads = {} if kind == "flat" else {"heads": heads, "ways": ways}
+    of_heads = {} if kind in ("flat", "hierarchical") else {"heads": heads, "ways": ways}
     return {"type": kind, "key_dim": key_dim, "optimizer": _optimizer(optimizer, "--key-optimizer"), **of_heads}
 
 

@@ -15,6 +15,7 @@ from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import Seen
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, OwnKeySpec, TableSchema, TrainedKeySpec
+from mempool.types.keys import grouping_of, topk_problem
 
 
 class Lookup(NamedTuple):
@@ -75,14 +76,14 @@ class PendingLookup:
 def has_flat_keys(schema: TableSchema) -> bool:
     """Whether queries have no heads."""
     keys = schema.keys
-    return isinstance(keys, FlatKeySpec) or (isinstance(keys, TrainedKeySpec) and not keys.product)
+    return isinstance(keys, FlatKeySpec) or (isinstance(keys, TrainedKeySpec) and not keys.product and not keys.groups)
 
 
 def checked_queries(queries: Tensor, *, schema: TableSchema) -> Tensor:
     """A caller's queries as shards take them, after all checks.
 
     Args:
-        queries: [B, H, D] for product keys, [B, D] for flat keys; floating, on any device.
+        queries: [B, H, D] for product keys, for hierarchical keys of any H, [B, D] for flat keys; floating, on any device.
 
     Returns:
         [B, H, D] (H = 1 for flat keys) float32 on the CPU, a copy of its own.
@@ -94,18 +95,19 @@ def checked_queries(queries: Tensor, *, schema: TableSchema) -> Tensor:
     if keys is None:
         raise InvalidRequest(
             f"table {name!r} has no keys in the pool, so queries cannot be looked up in it: score in your model and "
-            "call gather(ids, weights), or make the table with keys=ProductKeys(...) or FlatKeys(...)."
+            "call gather(ids, weights), or make the table with keys=ProductKeys(...), FlatKeys(...) or "
+            "HierarchicalKeys(...)."
         )
     if not isinstance(queries, Tensor) or not queries.is_floating_point():
         kind = str(queries.dtype) if isinstance(queries, Tensor) else type(queries).__name__
         raise InvalidRequest(f"lookup in table {name!r}: queries must be a floating torch.Tensor, not {kind}.")
     if isinstance(keys, OwnKeySpec):
         raise InvalidRequest(f"table {name!r} has the keys of another table: look up in that one.")
-    flat = has_flat_keys(schema)
-    heads = 1 if isinstance(keys, FlatKeySpec) else keys.heads
-    tail = [keys.key_dim] if flat else [heads, keys.key_dim]
+    shared = grouping_of(keys, schema.num_slots) is not None and queries.dim() == 3 and queries.shape[1] > 0
+    heads = queries.shape[1] if shared else 1 if isinstance(keys, FlatKeySpec) else keys.heads
+    tail = [keys.key_dim] if has_flat_keys(schema) else [heads, keys.key_dim]
     if list(queries.shape[1:]) != tail or queries.dim() == 0:
-        wanted = ", ".join(map(str, tail))
+        wanted = ", ".join(map(str, tail)) if grouping_of(keys, schema.num_slots) is None else f"heads, {keys.key_dim}"
         raise InvalidRequest(
             f"lookup in table {name!r}: queries has shape {list(queries.shape)}, its keys ask for [B, {wanted}]."
         )
@@ -131,6 +133,11 @@ def checked_topk(topk: object, *, schema: TableSchema) -> int:
             f"lookup in table {schema.name!r}: topk = {topk!r} must be a whole number from 1 to its "
             f"{schema.num_slots} slots."
         )
+    grouping = grouping_of(schema.keys, schema.num_slots)
+    if isinstance(schema.keys, TrainedKeySpec) and grouping is not None:
+        text = topk_problem(grouping, schema.keys.probes, count)
+        if text is not None:
+            raise InvalidRequest(f"lookup in table {schema.name!r}: topk = {count}, {text}.")
     return count
 
 

@@ -16,7 +16,7 @@ from mempool.client.routing.router import Router
 from mempool.client.routing.slices import MESSAGE_BYTES, together, windows
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, OwnKeySpec, ProductKeySpec, TableSchema, TrainedKeySpec
-from mempool.types.keys import least_root
+from mempool.types.keys import grouping_of, least_root
 
 
 class Rows:
@@ -140,14 +140,21 @@ def checked_key_rows(ids: Tensor | None, *, schema: TableSchema) -> tuple[Tensor
     keys, table = schema.keys, schema.name
     if keys is None or isinstance(keys, OwnKeySpec):
         raise InvalidRequest(
-            f"table {table!r} has no keys in the pool; make it with keys=ProductKeys(...) or FlatKeys(...)."
+            f"table {table!r} has no keys in the pool; make it with keys=ProductKeys(...), FlatKeys(...) or "
+            "HierarchicalKeys(...)."
         )
     heads = isinstance(keys, ProductKeySpec) or (isinstance(keys, TrainedKeySpec) and keys.product)
-    count = keys.heads if not isinstance(keys, FlatKeySpec) and heads else schema.num_slots
+    grouping = grouping_of(keys, schema.num_slots)
+    if grouping is not None:
+        count, what = grouping.num_rows, "groups and slots"
+    elif not isinstance(keys, FlatKeySpec) and heads:
+        count, what = keys.heads, "heads"
+    else:
+        count, what = schema.num_slots, "slots"
     if ids is None:
         key_ids = torch.arange(count, dtype=torch.int64, device="cpu")
     else:
-        key_ids = checked_rows(ids, num_slots=count, table=table, what="heads" if heads else "slots")
+        key_ids = checked_rows(ids, num_slots=count, table=table, what=what)
     if heads:
         ways = keys.ways if isinstance(keys, TrainedKeySpec) else 2
         return key_ids, [key_ids.shape[0], ways, least_root(schema.num_slots, ways), keys.key_dim // ways]

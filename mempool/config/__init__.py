@@ -20,7 +20,7 @@ from mempool.config.cluster import (
 )
 from mempool.config.file import load, set_shards
 from mempool.config.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad, RowWiseAdam
-from mempool.config.table import FlatKeys, ProductKeys, TableConfig, resolve, unsaid
+from mempool.config.table import FlatKeys, HierarchicalKeys, ProductKeys, TableConfig, resolve, unsaid
 
 __all__ = [
     "SGD",
@@ -35,6 +35,7 @@ __all__ = [
     "ClusterConfig",
     "FieldChange",
     "FlatKeys",
+    "HierarchicalKeys",
     "Optimizer",
     "PoolConfig",
     "ProductKeys",

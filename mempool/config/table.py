@@ -21,7 +21,9 @@ from mempool.types import (
     TrainedKeySpec,
     default_rounding,
 )
+from mempool.types.keys import group_count, probe_count
 from mempool.types.schema_checks import (
+    GROUP_RANGES,
     KEY_RANGES,
     NAME,
     RANGES,
@@ -105,6 +107,29 @@ class FlatKeys(_Keys):
     key_dim: Annotated[WholeNumber, within(KEY_RANGES["key_dim"])]
 
 
+class HierarchicalKeys(ConfigModel):
+    """Keys in groups, trained in the pool: one key a slot and one a group, which all heads share. A query picks the
+    ``probes`` best groups and the best slots in those; a slot's score is ``<q, key of its group> + <q, its own key>``, so
+    that the choice of groups is trained too. The search is greedy: see ``MemoryLayer.recall``.
+
+    Args:
+        key_dim: Width of a key and of a query of one head.
+        groups: Groups, of equally many slots but for the last one. None: so many that scoring their keys takes about
+            as long as scoring the slots of ``probes`` groups, sqrt(probes * num_slots).
+        probes: Groups that a query looks into. None: 8, or as many as there are.
+        optimizer: What the shards run on the keys at each commit.
+    """
+
+    type: Literal["hierarchical"] = "hierarchical"
+    key_dim: Annotated[WholeNumber, within(KEY_RANGES["key_dim"])]
+    groups: Annotated[WholeNumber, within(GROUP_RANGES["groups"])] | None = None
+    probes: Annotated[WholeNumber, within(GROUP_RANGES["probes"])] | None = None
+    optimizer: Optimizer
+
+
+Keys = ProductKeys | FlatKeys | HierarchicalKeys
+
+
 class TableConfig(ConfigModel):
     """A table as its user describes it; what is left None is derived by ``resolve``.
 
@@ -147,7 +172,7 @@ class TableConfig(ConfigModel):
     usage: Flag = False
     seed: Annotated[WholeNumber, within(RANGES["seed"])] = 0
     layout: Literal["auto", "columns", "rows", "grid"] = "auto"
-    keys: Annotated[ProductKeys | FlatKeys, Field(discriminator="type")] | None = None
+    keys: Annotated[Keys, Field(discriminator="type")] | None = None
     optimizer: Optimizer = Adagrad(lr=0.1)
     block_dim: Annotated[WholeNumber, within(RANGES["block_dim"])] | None = None
     page_slots: Annotated[WholeNumber, within(RANGES["page_slots"])] | None = None
@@ -193,7 +218,7 @@ def resolve(config: TableConfig) -> TableSchema:
         # Flat keys lie beside block 0: only rows let every shard score slots of its own. One block has but rows to cut.
         layout="rows" if (flat or whole) and config.layout == "auto" else config.layout,
         optimizer=config.optimizer.spec(),
-        keys=_key_spec(keys),
+        keys=_key_spec(keys, config.num_slots),
         rounding=config.rounding or default_rounding(config.dtype, master=config.master),
         master=config.master,
         usage=config.usage,
@@ -201,15 +226,20 @@ def resolve(config: TableConfig) -> TableSchema:
     return schema if config.page_slots else replace(schema, page_slots=default_page_slots(schema))
 
 
-def _key_spec(keys: ProductKeys | FlatKeys | None) -> KeySpec | None:
+def _key_spec(keys: Keys | None, num_slots: int) -> KeySpec | None:
     if keys is not None and keys.optimizer is not None:
         made = TrainedKeySpec(key_dim=keys.key_dim, optimizer=keys.optimizer.spec())
         if isinstance(keys, ProductKeys):
             return replace(made, product=True, heads=keys.heads, ways=keys.ways)
+        if isinstance(keys, HierarchicalKeys):
+            groups = group_count(num_slots, keys.groups, keys.probes)
+            return replace(made, groups=groups, probes=probe_count(groups, keys.probes))
         return made
     if isinstance(keys, ProductKeys):
         return ProductKeySpec(heads=keys.heads, key_dim=keys.key_dim, deterministic=keys.deterministic)
-    return None if keys is None else FlatKeySpec(key_dim=keys.key_dim, deterministic=keys.deterministic)
+    return (
+        None if not isinstance(keys, FlatKeys) else FlatKeySpec(key_dim=keys.key_dim, deterministic=keys.deterministic)
+    )
 
 
 def _default_block_dim(value_dim: int) -> int:

@@ -104,9 +104,9 @@ class MemoryLayer(FindsSlots):
         table: A table. Where its slots are no n ** ways, the last of the products are no slots, and never chosen; that
             takes up to half as long again as products of all.
         keys: "model" or "product": half-keys are parameters of the layer. "pool": the table trains them (made with
-            ``ProductKeys(..., optimizer=...)`` or ``FlatKeys``): the layer sends queries and has no keys; the same
-            training by ``PoolOptimizer``. Each call and each backward pass take a round trip more. A graph break under
-            ``torch.compile``. "hierarchical": a key a slot, in groups with keys too, which all heads share
+            ``ProductKeys(..., optimizer=...)``, ``FlatKeys`` or ``HierarchicalKeys``): the layer sends queries and has no
+            keys; the same training by ``PoolOptimizer``. Each call and each backward pass take a round trip more, a call
+            with hierarchical keys two. A graph break under ``torch.compile``. "hierarchical": a key a slot, in groups with keys too, which all heads share
             (``mempool.nn.keys.hierarchical``): parameters, and as many as flat keys; the search is greedy.
         ways: Parts into which a query is cut, each with a codebook. 3 have far fewer half-keys than 2, and share each
             among far more slots. None: 2, or as the keys in the pool have.
@@ -116,7 +116,8 @@ class MemoryLayer(FindsSlots):
         groups: Of hierarchical keys. None: so many that scoring them takes about as long as scoring slots.
         probes: How far a greedy search looks: groups that a query picks (None: 8); with Tucker scores half-keys of each
             codebook at either end (None: half of topk). ``recall(x)`` says what it misses.
-        heads: Queries per token, each with keys of its own; None: 4, or as the keys in the pool have.
+        heads: Queries per token, each with keys of its own but for hierarchical ones; None: 4, or as the keys in the
+            pool have.
         topk: Slots per head, at most all of them.
         key_dim: Width of a query; a multiple of ways (and rank). None: 128 or the next; or as the pool's keys have.
         query: A module from [..., dim] to [..., heads * key_dim], in place of the linear layer.

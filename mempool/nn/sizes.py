@@ -80,11 +80,13 @@ def checked_pool_keys(
     if not isinstance(keys, TrainedKeySpec):
         raise InvalidRequest(
             f'keys = "pool", and table {table.name!r} trains no keys: make it with keys=mempool.ProductKeys(...,'
-            ' optimizer=...), or leave the keys in the model (keys="model")'
+            ' optimizer=...) or HierarchicalKeys(...), or leave the keys in the model (keys="model")'
         )
     there = {"heads": keys.heads, "key_dim": keys.key_dim, "ways": keys.ways if keys.product else 1}
+    if keys.groups:
+        del there["heads"]  # which share them
     for name, asked in (("heads", heads), ("key_dim", key_dim), ("ways", ways)):
-        if asked is not None and asked != there[name]:
+        if asked is not None and asked != there.get(name, asked):
             raise InvalidRequest(
                 f"{name} = {asked!r}, and the keys of table {table.name!r} have {name} = {there[name]}: they"
                 " are the pool's, so leave it out"

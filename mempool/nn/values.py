@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from mempool.client import Table
 from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Mark
+from mempool.client.lookup import has_flat_keys
 from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import LookupRecord
 from mempool.nn.usage import HeadCounts
-from mempool.types import TrainedKeySpec
 from mempool.types.bags import Act, Bags
 
 
@@ -128,13 +128,12 @@ class KeyLink(LayerLink):
         """Slot ids [B, H, K] int64 and their scores float32, differentiable in queries and keys.
 
         Args:
-            queries_BHD: Float32; H is 1 with flat keys.
+            queries_BHD: Float32; H is 1 with flat keys, any number with hierarchical ones.
             anchor: The parameter, as the layer has it during its call.
         """
         assert anchor is not None, "a layer whose keys are the pool's has it"
-        table, keys = self._table, self._table.schema.keys
-        product = isinstance(keys, TrainedKeySpec) and keys.product
-        queries = queries_BHD if product else queries_BHD.squeeze(1)
+        table = self._table
+        queries = queries_BHD.squeeze(1) if has_flat_keys(table.schema) else queries_BHD
         trained = anchor.requires_grad and table.keys.requires_grad
         ids, scores = table.scored_by(self, queries, topk, anchor=anchor, trained=trained)
         shape = (*queries_BHD.shape[:2], topk)

@@ -81,7 +81,10 @@ class LookupCoordinator:
         layout = KeyLayout.of(view.schema)
         if layout is not None or isinstance(view.schema.keys, FlatKeySpec):
             # Every shard answers its best, and they meet here.
-            found = topk if layout is None else layout.sections * layout.candidates(topk)
+            if layout is not None and layout.keys.groups:
+                found = heads * max(topk, layout.keys.probes)
+            else:
+                found = topk if layout is None else layout.sections * layout.candidates(topk)
             num_bytes = max(num_bytes, num_bags * found * _SCORED_BYTES * len(view.shards))
         if num_bytes > self._max_answer_bytes:
             raise RequestTooLarge(

@@ -21,6 +21,7 @@ from mempool.shard.array_gathers import ArrayGathers
 from mempool.shard.durable.records import Held
 from mempool.shard.experts.answers import AskedExperts, ExpertAnswers, answer_of, held_twice, joined_gradients
 from mempool.shard.hosted import HostedTable
+from mempool.shard.pages.scoring import Picked
 from mempool.shard.parking import Parked
 from mempool.shard.reading.begun import BegunGather, Pieces, Read, Space, form_of, parts_at_once, row_bytes
 from mempool.shard.reading.pieces import queries_at_once
@@ -381,27 +382,30 @@ class Answers(RowAnswers):
             return waits
         with self._stages.measure("copy in"):
             queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
+            picked = validate.check_picked(table.storage, request)
         self._reserve(12 * queries.shape[0] * max(1, len(table.storage.scored_heads)) * request.topk)
-        num_queries = queries_at_once(table.storage, request.topk)
+        probes = 0 if picked is None else picked.groups.shape[1]
+        num_queries = queries_at_once(table.storage, request.topk, probes=probes)
         if queries.shape[0] > num_queries:
-            return self._score_in_pieces(request, table, queries, num_queries)
+            return self._score_in_pieces(request, table, queries, picked, num_queries)
         with self._stages.measure("kernel"):
-            heads, scores, ids = table.storage.score(queries, request.topk)
+            heads, scores, ids = table.storage.score(queries, request.topk, picked=picked)
         return ScoreReply(stamp=table.stamp, heads=heads, scores=self._copy_out(scores), ids=self._copy_out(ids))
 
     def _score_in_pieces(
-        self, request: ScoreRequest, table: Read, queries: Tensor, num_queries: int
+        self, request: ScoreRequest, table: Read, queries: Tensor, picked: Picked | None, num_queries: int
     ) -> Pieces[ScoreReply]:
         stamp = table.stamp
         heads = table.storage.scored_heads
         shape = queries.shape[0], len(heads), request.topk
         scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
         for first in range(0, queries.shape[0], num_queries):
-            table = self._of(request)
+            table, end = self._of(request), first + num_queries
+            some = None if picked is None else picked.some(first, end)
             with self._stages.measure("kernel"):
-                _, best, found = table.storage.score(queries[first : first + num_queries], request.topk)
-            scores[first : first + num_queries] = self._copy_out(best)
-            ids[first : first + num_queries] = self._copy_out(found)
+                _, best, found = table.storage.score(queries[first:end], request.topk, picked=some)
+            scores[first:end] = self._copy_out(best)
+            ids[first:end] = self._copy_out(found)
             yield
         return ScoreReply(stamp=stamp, heads=heads, scores=scores, ids=ids)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -281,8 +281,8 @@ class Engine:
         return reply
 
     async def score(self, request: ScoreRequest) -> ScoreReply:
-        reply: ScoreReply = await self._ask("score", self._answers.score, request, cost_of(request.queries))
-        return reply
+        cost = cost_of(request.queries, request.groups, request.group_scores)
+        return cast(ScoreReply, await self._ask("score", self._answers.score, request, cost))
 
     async def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply:
         reply: ReadRowsReply = await self._ask("read_rows", self._answers.read_rows, request, cost_of(request.ids))

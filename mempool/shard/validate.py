@@ -28,6 +28,7 @@ from mempool.shard.pages.named_arrays import (
     Blocks,
     key_dim,
 )
+from mempool.shard.pages.scoring import Picked
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
     GatherRequest,
@@ -40,7 +41,7 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
-from mempool.types.keys import key_table_name
+from mempool.types.keys import grouping_of, key_table_name
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
@@ -271,6 +272,8 @@ def check_score(table: Storage, request: ScoreRequest, *, reply_bytes: int | Non
     heads, width, most, what = schema.num_key_pages or 1, key_dim(schema), schema.num_slots, "slots"
     if isinstance(keys, OwnKeySpec):
         heads, width, most, what = keys.sections, schema.value_dim, keys.rows, "keys of a section"
+        if keys.groups:
+            most, what = (keys.groups, "groups") if request.groups is None else (most - keys.groups, "slots in groups")
     if queries.dim() != 3 or tuple(queries.shape[1:]) != (heads, width) or queries.dtype != torch.float32:
         raise InvalidRequest(
             f"queries must be [B, {heads}, {width}] float32 (bags, heads, key_dim), not {_shown(queries)}"
@@ -293,6 +296,39 @@ def check_score(table: Storage, request: ScoreRequest, *, reply_bytes: int | Non
             "no top-k; look where it comes from"
         )
     return admit(queries, device=table.device, dtype=torch.float32)
+
+
+def check_picked(table: Storage, request: ScoreRequest) -> Picked | None:
+    """The groups whose slots are scored, on the shard's device; None where the request names none.
+
+    Raises:
+        InvalidRequest: The table has none, they are not those of its queries, or scores of groups are not finite.
+    """
+    schema, groups, scores = table.schema, request.groups, request.group_scores
+    if groups is None and scores is None:
+        return None
+    grouping = grouping_of(schema.keys, schema.num_slots)
+    if grouping is None:
+        raise InvalidRequest(f"table {schema.name!r} has no keys in groups, and groups were given: leave them out")
+    if groups is None or scores is None:
+        raise InvalidRequest("groups and group_scores go together: give both, or neither")
+    num_queries = request.queries.shape[0]
+    fits = groups.dim() == 2 and groups.shape[0] == num_queries and 1 <= groups.shape[1] <= grouping.groups
+    if not fits or groups.dtype != torch.int64 or scores.dtype != torch.float32 or scores.shape != groups.shape:
+        raise InvalidRequest(
+            f"groups and group_scores must be [{num_queries}, G] int64 and float32, G from 1 to the {grouping.groups} "
+            f"groups of table {schema.name!r}, not {_shown(groups)} and {_shown(scores)}"
+        )
+    there = bool(((groups >= 0) & (groups < grouping.groups)).all())
+    if not there or not bool((groups[:, 1:] > groups[:, :-1]).all()):
+        raise InvalidRequest(
+            f"groups of a query must ascend, from 0 to {grouping.groups - 1}, each named once: others were given"
+        )
+    if not bool(scores.isfinite().all()):
+        raise InvalidRequest("group_scores must be finite: they are what Score answers of the groups")
+    return Picked(
+        admit(groups, device=table.device, dtype=torch.int64), admit(scores, device=table.device, dtype=torch.float32)
+    )
 
 
 def check_read(table: Storage, request: ReadRowsRequest, *, reply_bytes: int | None) -> Tensor:

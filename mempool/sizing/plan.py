@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mempool.config import ShardConfig, TableConfig, format_bytes, resolve
+from mempool.config import HierarchicalKeys, ShardConfig, TableConfig, format_bytes, resolve
 from mempool.config.optimizers import whole_rows
 from mempool.errors import ConfigError
 from mempool.sizing.demands import Hosts, Model
@@ -103,10 +103,11 @@ class Plan:
     @property
     def client_calls(self) -> int:
         """Calls of a trainer in a step: a look-up and an update of each layer, and, of all tables together, Prepare
-        and Commit. Of keys in the pool three more of each layer: their scores, sums of them, and their update."""
+        and Commit. Of keys in the pool three more of each layer: their scores (twice of hierarchical ones), sums of
+        them, and their update."""
         split = self.best.split
         agreed = 2 * split.owners if split.owners > 1 else 1
-        of_keys = 0 if split.keys is None else _CALLS_OF_KEYS * split.keys.asked
+        of_keys = 0 if split.keys is None else _calls_of_keys(split) * split.keys.asked
         return self.model.layers * (2 * split.asked + of_keys) + agreed
 
     @property
@@ -128,7 +129,7 @@ class Plan:
     def host_calls(self) -> int:
         """Calls that its shards answer in a step of all trainers."""
         agreed = 2 if self.best.split.owners > 1 else 1
-        of_layer = 2 if self.best.split.keys is None else 2 + _CALLS_OF_KEYS
+        of_layer = 2 if self.best.split.keys is None else 2 + _calls_of_keys(self.best.split)
         return self.host_shards * self.model.trainers * (of_layer * self.model.layers + agreed)
 
     @property
@@ -217,10 +218,16 @@ def make_plan(
 def _require_heads(table: TableConfig, model: Model) -> None:
     """Raises ConfigError where keys of the pool are asked by more or fewer heads than they have."""
     keys = table.keys
-    if keys is not None and keys.optimizer is not None and (heads := getattr(keys, "heads", 1)) != model.heads:
+    if keys is None or keys.optimizer is None or isinstance(keys, HierarchicalKeys):
+        return  # all heads share those
+    if (heads := getattr(keys, "heads", 1)) != model.heads:
         raise ConfigError(
             f"heads = {model.heads}, and the keys in the pool are of {heads}: give as many (flat keys are of one)"
         )
+
+
+def _calls_of_keys(split: Split) -> int:
+    return _CALLS_OF_KEYS + bool(split.probes)
 
 
 def _path(machine: Machine | None, path: str | None) -> str | None:
@@ -329,10 +336,12 @@ def _splits(schemas: list[TableSchema], shards: int) -> Iterator[Split]:
 
 def _option(found: Split, model: Model, hosts: Hosts, machine: Machine | None, path: str | None) -> Option:
     moved = traffic(found, bags=model.tokens, pairs=model.pairs, wire_dtype=model.wire_dtype)
-    moved += keys_traffic(found, bags=model.tokens, topk=model.topk)
+    moved += keys_traffic(found, bags=model.tokens, topk=model.topk, heads=model.heads)
     one = traffic_of(found.busiest, found, bags=model.tokens, pairs=model.pairs, wire_dtype=model.wire_dtype)
     if (keys := found.keys) is not None:
-        one += keys_traffic_of(keys.busiest, keys, bags=model.tokens, topk=model.topk)
+        one += keys_traffic_of(
+            keys.busiest, keys, bags=model.tokens, topk=model.topk, heads=model.heads, probes=found.probes
+        )
     time = None if machine is None or path is None else step_time(machine, path, found, model, hosts)
     return Option(split=found, traffic=moved, busiest=one, time=time)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mempool.placement import LayoutKind, layout_kind, plan_table
 from mempool.placement.runs import compress
-from mempool.types import OwnKeySpec, TableSchema
+from mempool.types import OwnKeySpec, TableSchema, TrainedKeySpec
 from mempool.types.keys import key_table
 from mempool.types.sizes import bytes_by_owner, num_pages, owned_bytes
 
@@ -76,6 +76,12 @@ class Split:
         """Of a table of keys: how many it has; other slots fill its sections up. 0: it is none."""
         keys = self.schema.keys
         return keys.sections * keys.rows if isinstance(keys, OwnKeySpec) else 0
+
+    @property
+    def probes(self) -> int:
+        """Groups that a query looks into, of hierarchical keys that it trains; 0: it has others."""
+        keys = self.schema.keys
+        return keys.probes if isinstance(keys, TrainedKeySpec) else 0
 
     @property
     def num_pages(self) -> int:

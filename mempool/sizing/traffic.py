@@ -119,7 +119,7 @@ def _summed(parts: Sequence[tuple[int, Traffic]]) -> Traffic:
     )
 
 
-def keys_traffic_of(held: Holding, keys: Split, *, bags: int, topk: int) -> Traffic:
+def keys_traffic_of(held: Holding, keys: Split, *, bags: int, topk: int, heads: int = 1, probes: int = 0) -> Traffic:
     """Between one trainer and one shard, of the scores of one look-up, and of what their gradient takes: sums of keys
     for that of the queries, and the queries for that of the keys.
 
@@ -128,9 +128,13 @@ def keys_traffic_of(held: Holding, keys: Split, *, bags: int, topk: int) -> Traf
         keys: Of that table.
         bags: Of the look-up.
         topk: Slots of each head.
+        heads: Queries of a bag, of hierarchical keys, which have no heads of their own.
+        probes: Groups that each looks into.
     """
     spec = keys.schema.keys
     assert isinstance(spec, OwnKeySpec), "it is one"
+    if spec.groups:
+        return _grouped_traffic_of(held, keys, queries=bags * heads, topk=topk, probes=probes)
     queries = bags * spec.sections
     found = traffic_of(held, keys, bags=queries, pairs=queries * topk, wire_dtype="float32", sections=spec.sections)
     return Traffic(
@@ -141,11 +145,30 @@ def keys_traffic_of(held: Holding, keys: Split, *, bags: int, topk: int) -> Traf
     )
 
 
-def keys_traffic(split: Split, *, bags: int, topk: int) -> Traffic:
+def _grouped_traffic_of(held: Holding, keys: Split, *, queries: int, topk: int, probes: int) -> Traffic:
+    """As ``keys_traffic_of``, of hierarchical keys: queries go out for groups, and again with those for their slots. A
+    bag of the gradient names a slot's key for each slot, and a group's for each group that is theirs, at most all."""
+    sums = traffic_of(held, keys, bags=queries, pairs=queries * (topk + min(topk, probes)), wire_dtype="float32")
+    asked = 2 * keys.schema.value_dim * ELEMENT_BYTES["float32"] + probes * _SCORED_BYTES
+    return Traffic(
+        request=sums.request + queries * asked,
+        reply=sums.reply + queries * (probes + topk) * _SCORED_BYTES,
+        grads=sums.grads,
+        weight_grads=0,
+    )
+
+
+def keys_traffic(split: Split, *, bags: int, topk: int, heads: int = 1) -> Traffic:
     """Between one trainer and all shards; arguments as above. Nothing where it trains no keys."""
     keys = split.keys
-    held = () if keys is None else keys.holdings
-    return _summed([(each.shards, keys_traffic_of(each, keys, bags=bags, topk=topk)) for each in held if keys])
+    if keys is None:
+        return _summed([])
+    return _summed(
+        [
+            (each.shards, keys_traffic_of(each, keys, bags=bags, topk=topk, heads=heads, probes=split.probes))
+            for each in keys.holdings
+        ]
+    )
 
 
 #: What a call costs beside the kernels, by terms, each in seconds for one of:

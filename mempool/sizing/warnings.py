@@ -80,5 +80,8 @@ def _held_of_keys(split: Split, model: Model) -> float:
         return 0.0
     keys = split.keys
     assert isinstance(keys.schema.keys, OwnKeySpec), "it is a table of keys"
+    if split.probes:
+        queries = model.tokens * model.heads
+        return _held_bytes(keys.busiest, queries, queries * (model.topk + min(model.topk, split.probes)))
     queries = model.tokens * keys.schema.keys.sections
     return _held_bytes(keys.busiest, queries, queries * model.topk, sections=keys.schema.keys.sections)

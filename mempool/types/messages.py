@@ -367,13 +367,19 @@ class ScoreRequest:
     """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys, [B,
     sections, D] of a table of keys.
 
-    pin: As of ``GatherRequest``.
+    Attributes:
+        pin: As of ``GatherRequest``.
+        groups: Of a table of hierarchical keys: [B, G] int64, ascending, the groups whose slots are scored. None: groups
+            are.
+        group_scores: [B, G] float32, added to the scores of their slots; with ``groups``.
     """
 
     envelope: Envelope
     queries: Tensor
     topk: int
     pin: str = ""
+    groups: Tensor | None = None
+    group_scores: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,7 +389,8 @@ class ScoreReply:
     Attributes:
         heads: The heads answered (product keys: those whose key page is here; flat keys: (0,); sections).
         scores: [B, len(heads), K] float32; -inf where there are fewer than K.
-        ids: [B, len(heads), K] int64; -1 where there are fewer than K.
+        ids: [B, len(heads), K] int64; -1 where there are fewer than K. Rows of a table of keys; of hierarchical keys
+            groups, or slots.
     """
 
     stamp: Stamp

@@ -75,9 +75,11 @@ class TrainedKeySpec:
     Attributes:
         key_dim: Width of a query of one head.
         optimizer: What the shards run on the keys at each commit.
-        product: Product keys, as of ``ProductKeySpec``, or of more parts than two; otherwise flat keys.
-        heads: Of product keys; flat keys have 1.
-        ways: Parts of a product key, each of a codebook of n, n ** ways = num_slots. Flat keys leave it.
+        product: Product keys, as of ``ProductKeySpec``, or of more parts than two; otherwise flat or hierarchical keys.
+        heads: Of product keys; others have 1.
+        ways: Parts of a product key, each of a codebook of n, n ** ways = num_slots. Others leave it.
+        groups: Of hierarchical keys, which have one beside each slot's; 0: they are none.
+        probes: Groups that a query looks into; 0 without.
     """
 
     key_dim: int
@@ -85,6 +87,8 @@ class TrainedKeySpec:
     product: bool = False
     heads: int = 1
     ways: int = 2
+    groups: int = 0
+    probes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +99,14 @@ class OwnKeySpec:
         sections: Its slots are so many ranges of equal length, of whole pages; each query is for one of them.
         rows: The slots of a section that are keys, from its first on; those after them fill its last page up.
         ways: Sections of a head, as many as its keys have parts. Of one section it means nothing.
+        groups: So many of the rows, of one section, are keys of groups, each before those of its slots
+            (``types.keys.Grouping``): hierarchical keys. 0: none are.
     """
 
     sections: int
     rows: int
     ways: int = 2
+    groups: int = 0
 
 
 KeySpec = ProductKeySpec | FlatKeySpec | TrainedKeySpec | OwnKeySpec

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from mempool.errors import InvalidRequest
-from mempool.types.keys import key_table, key_table_name, least_root
+from mempool.types.keys import grouping_of, groups_problem, key_table, key_table_name, least_root
 from mempool.types.schema import (
     Algorithm,
     FlatKeySpec,
@@ -86,6 +86,8 @@ KEY_RANGES: Mapping[str, Range] = {
     "key_dim": Range(low=1, high=2**20),
     "ways": Range(low=2, high=8),
 }
+GROUP_RANGES: Mapping[str, Range] = {"groups": Range(low=1, high=2**40), "probes": Range(low=1, high=4096)}
+"""Of hierarchical keys; others have 0 of both."""
 
 _LARGE = Range(low=0, high=1e30)  # float32 holds it, and its product with a gradient
 _EPS = Range(low=1e-37, high=1e30)  # float32 holds it: with less, 0 / 0
@@ -241,21 +243,45 @@ def _key_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
             yield SchemaProblem(path=("keys", name), value=value, text=text)
     if isinstance(keys, TrainedKeySpec):
         if not keys.product and keys.heads != 1:
-            yield SchemaProblem(path=("keys", "heads"), value=keys.heads, text="must be 1: flat keys have one head")
+            text = "must be 1: keys that are no product keys have one head"
+            yield SchemaProblem(path=("keys", "heads"), value=keys.heads, text=text)
         if not keys.product and keys.ways != 2:
             yield SchemaProblem(path=("keys", "ways"), value=keys.ways, text="is of product keys; leave it out")
+        yield from _group_problems(keys)
         for problem in optimizer_problems(keys.optimizer):
             yield SchemaProblem(path=("keys", *problem.path), value=problem.value, text=problem.text)
+
+
+def _group_problems(keys: TrainedKeySpec) -> Iterator[SchemaProblem]:
+    """Of hierarchical keys, whatever the table."""
+    for name, allowed in GROUP_RANGES.items():
+        value = getattr(keys, name)
+        text = allowed.problem(value) if keys.groups or keys.probes else None
+        if keys.product and value:
+            text = "is of hierarchical keys; leave it out"
+        elif name == "probes" and text is None and value > keys.groups:
+            text = f"is more than there are groups, {keys.groups:_}: give at most that"
+        if text is not None:
+            yield SchemaProblem(path=("keys", name), value=value, text=text)
 
 
 def _key_table_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
     """Of the table that its keys are in, or, where it is one, of how that is cut."""
     keys = schema.keys
+    grouping = grouping_of(keys, schema.num_slots)
+    if isinstance(keys, TrainedKeySpec) and grouping is not None:
+        text = groups_problem(grouping.num_slots, grouping.groups)
+        if text is not None:
+            yield SchemaProblem(path=("keys", "groups"), value=keys.groups, text=text)
+            return
     if isinstance(keys, OwnKeySpec):
         section = schema.num_slots // max(1, keys.sections)
         whole = keys.sections * section == schema.num_slots and 1 <= keys.rows <= section
         paged = keys.sections == 1 or section % schema.page_slots == 0
         whole = whole and (keys.sections == 1 or keys.sections % max(1, keys.ways) == 0)
+        if grouping is not None:
+            grouped = 2 * keys.groups <= schema.num_slots and groups_problem(grouping.num_slots, keys.groups) is None
+            whole = whole and keys.sections == 1 and keys.rows == schema.num_slots and grouped
         if not (keys.sections >= 1 and whole and paged and schema.num_blocks == 1 and schema.dtype == "float32"):
             text = "cuts no table of keys: float32 values in one column block, in sections of as many whole pages"
             yield SchemaProblem(path=("keys",), value=keys, text=text)

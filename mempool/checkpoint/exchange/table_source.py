@@ -14,7 +14,7 @@ from mempool.checkpoint.format.schema_json import parse_schema
 from mempool.checkpoint.format.tensor_file import TensorEntry
 from mempool.errors import DataLoss, InvalidRequest
 from mempool.types import OwnKeySpec, ProductKeySpec, TableSchema
-from mempool.types.keys import is_key_table, key_table
+from mempool.types.keys import Grouping, grouping_of, is_key_table, key_table
 
 
 class TableSource:
@@ -122,6 +122,9 @@ class TableSource:
             return None
         assert isinstance(keys, OwnKeySpec)
         form, section = key_form(tensor, schema), schema.num_slots // keys.sections
+        grouping = grouping_of(keys, schema.num_slots)
+        if grouping is not None:
+            return self._grouped(tensor, grouping, slots)
         if form == "flat":
             return self._tensors.rows(tensor.name, slots.start, len(slots)).float()
         found = torch.zeros(len(slots), schema.value_dim)
@@ -131,6 +134,17 @@ class TableSource:
             if begin < end:
                 rows = self._part(tensor, form, number, keys)[begin - first : end - first]
                 found[begin - slots.start : end - slots.start] = rows
+        return found
+
+    def _grouped(self, tensor: TensorEntry, grouping: Grouping, rows: range) -> Tensor:
+        """Rows of hierarchical keys: in the file groups come first, and then slots."""
+        numbers = torch.arange(rows.start, rows.stop)
+        of_group = numbers % grouping.pitch == 0
+        found = torch.empty(len(rows), tensor.shape[1])
+        groups, slots = numbers[of_group] // grouping.pitch, (numbers - numbers // grouping.pitch - 1)[~of_group]
+        for which, some, first in ((of_group, groups, 0), (~of_group, slots, grouping.groups)):
+            if some.numel():  # they lie side by side
+                found[which] = self._tensors.rows(tensor.name, first + int(some[0]), some.numel()).float()
         return found
 
     def _part(self, tensor: TensorEntry, form: str, section: int, keys: OwnKeySpec) -> Tensor:

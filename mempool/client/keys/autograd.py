@@ -99,7 +99,7 @@ class _KeyScores(torch.autograd.Function):
 
 
 def _pushed(ctx: Any, grads: Tensor, *, hold: bool) -> Tensor:
-    """The gradient of the queries, [B * S, W]; and the keys' goes out."""
+    """The gradient of the queries, [B * S, W] in the order of ``section_queries``; and the keys' goes out."""
     link: Link = ctx.link
     layout: KeyLayout = ctx.layout
     weights = grads.detach().to(device="cpu", dtype=torch.float32)

@@ -14,7 +14,7 @@ from mempool.client.gathers.links import Link
 from mempool.client.gathers.untraced import untraced
 from mempool.client.keys.autograd import key_scores
 from mempool.client.keys.layout import KeyLayout
-from mempool.client.lookup import Lookup, PendingLookup, answered, checked_queries, checked_topk
+from mempool.client.lookup import Lookup, PendingLookup, answered, checked_queries, checked_topk, has_flat_keys
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, require_distinct
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """Slots that queries chose. Tables with flat keys have no dimension H: both are [B, K].
+    """Slots that queries chose. Tables with flat keys have no dimension H: both are [B, K]. Of hierarchical keys H is what
+    the queries have.
 
     Attributes:
         ids: [B, H, K] int64, slot ids by (score descending, id ascending) per head.
-        scores: [B, H, K] float32, dot products of query and key.
+        scores: [B, H, K] float32, dot products of query and key; of hierarchical keys, of query and the slot's key, and of
+            query and its group's, added.
     """
 
     ids: Tensor
@@ -69,7 +71,7 @@ class Keyed:
         if not self.trains_keys:
             raise InvalidRequest(
                 f"table {self.schema.name!r} trains no keys in the pool; make it with keys=mempool.ProductKeys(..., "
-                "optimizer=...) or mempool.FlatKeys(..., optimizer=...)"
+                "optimizer=...), mempool.FlatKeys(..., optimizer=...) or mempool.HierarchicalKeys(...)"
             )
         if self._keys is None:
             assert self._open_keys is not None, "who opens a table that trains keys says how"
@@ -90,8 +92,9 @@ class Keyed:
         are of the newest keys: every commit that was acknowledged before is in them. A graph break under torch.compile.
 
         Args:
-            queries: [B, H, D] for product keys, [B, D] for flat keys; floating, finite, on any device.
-            topk: Slots per head, at most num_slots.
+            queries: [B, H, D] for product keys, for hierarchical keys of any H, [B, D] for flat keys; floating, finite, on
+                any device.
+            topk: Slots per head, at most num_slots; with hierarchical keys at most the slots of ``probes`` groups.
 
         Returns:
             ids and scores [B, H, K] ([B, K] for flat keys), on the device of queries.
@@ -117,7 +120,7 @@ class Keyed:
             return scores, ids
 
         scores, ids = key_scores(link, layout, queries, own, ask, anchor=anchor, trained=trained)
-        if not layout.keys.product:
+        if has_flat_keys(self.schema):
             scores, ids = scores.squeeze(1), ids.squeeze(1)
         return Scored(ids, scores)
 
@@ -144,8 +147,7 @@ class Keyed:
         of it is: to train the values, pass its ids and weights to ``gather``.
 
         Args:
-            queries: [B, H, D] for product keys, [B, D] for flat keys; floating, finite, on any device.
-            topk: Slots per head, at most num_slots.
+            queries, topk: As of ``score``.
 
         Returns:
             ids, scores, weights [B, H, K] ([B, K] for flat keys) and values [B, value_dim], on the device of queries.
@@ -175,10 +177,11 @@ class Keyed:
         """Keys kept in the pool, float32 on the CPU.
 
         Args:
-            ids: [M] int64: slots for flat keys, heads for product keys; None means all.
+            ids: [M] int64: slots for flat keys, heads for product keys; for hierarchical keys group g is g, and slot i is
+                i + ``schema.keys.groups``. None means all.
 
         Returns:
-            Flat keys: [M, D]. Product keys: [M, ways, n, D / ways].
+            Flat and hierarchical keys: [M, D]. Product keys: [M, ways, n, D / ways].
         """
         key_ids, shape = checked_key_rows(ids, schema=self.schema)
         layout = KeyLayout.of(self.schema)
@@ -191,8 +194,8 @@ class Keyed:
         """Overwrite keys kept in the pool; the state of their optimizer stays.
 
         Args:
-            keys: [M, D] for flat keys, [M, ways, n, D / ways] for product keys; floating and finite.
-            ids: [M] int64, distinct: slots for flat keys, heads for product keys; None means all.
+            keys: [M, D] for flat and hierarchical keys, [M, ways, n, D / ways] for product keys; floating and finite.
+            ids: [M] int64, distinct, as of ``read_keys``; None means all.
 
         Raises:
             InvalidRequest: The table has no keys in the pool, or keys or ids are not as they must be; nothing was sent.

@@ -13,7 +13,7 @@ from torch import Tensor
 from mempool.client.keys.merging import Cut, Winners, best_of_cut, merged
 from mempool.types import OwnKeySpec, TableSchema, TrainedKeySpec
 from mempool.types.bags import Bags
-from mempool.types.keys import key_table
+from mempool.types.keys import Grouping, grouping_of, key_table
 
 
 class Chosen(NamedTuple):
@@ -66,8 +66,16 @@ class KeyLayout:
             width=made.value_dim,
         )
 
+    @property
+    def grouping(self) -> Grouping | None:
+        """Of hierarchical keys."""
+        return grouping_of(self.keys, self.num_slots)
+
     def section_queries(self, queries_BHD: Tensor) -> Tensor:
-        """[B, H, D] -> [B, S, W]: with product keys the parts of each head."""
+        """[B, H, D] -> [B, S, W]: with product keys the parts of each head; with hierarchical keys, whose heads share
+        the one section there is, [B * H, 1, W]."""
+        if self.keys.groups:
+            return queries_BHD.reshape(-1, 1, self.width)
         return queries_BHD.reshape(queries_BHD.shape[0], self.sections, self.width)
 
     @property
@@ -107,8 +115,10 @@ class KeyLayout:
         return Chosen(found.scores.view(shape), found.ids.view(shape), None)
 
     def key_bags(self, ids_BHK: Tensor, weights_BHK: Tensor) -> Bags:
-        """The rows whose products with a query are its slots' scores, as B * S bags in the order of
-        ``section_queries``, with these weights."""
+        """The rows whose products with a query are its slots' scores, as bags in the order of ``section_queries``, with
+        these weights."""
+        if self.grouping is not None:
+            return group_bags(self.grouping, ids_BHK.flatten(0, 1), weights_BHK.flatten(0, 1))
         num_bags, heads, found = ids_BHK.shape
         if self.keys.product:
             ways = self.keys.ways
@@ -121,11 +131,41 @@ class KeyLayout:
         ends = torch.arange(num_bags * self.sections + 1, dtype=torch.int64, device=ids_BHK.device) * found
         return Bags(ids=rows.reshape(-1), weights=weights.reshape(-1).contiguous(), offsets=ends)
 
+    def slot_rows(self, ids_M: Tensor) -> Tensor:
+        """The rows of the slots' own keys, where they have any."""
+        return ids_M if self.grouping is None else self.grouping.row_of(ids_M)
+
     def rows_of(self, ids_M: Tensor) -> Tensor:
-        """All rows of heads [M], or of slots [M] with flat keys, in order."""
+        """All rows of heads [M], in order; of slots [M] with flat keys; of groups and, from the number of those on, slots
+        [M] with hierarchical keys."""
+        if self.grouping is not None:
+            groups = self.grouping.groups
+            slots = ids_M - groups
+            return torch.where(ids_M < groups, ids_M * self.grouping.pitch, self.grouping.row_of(slots))
         if not self.keys.product:
             return ids_M
         ways = self.keys.ways
         first_MP = (ways * ids_M[:, None] + torch.arange(ways, dtype=torch.int64, device=ids_M.device)) * self.slots
         rows = torch.arange(self.rows, dtype=torch.int64, device=ids_M.device)
         return (first_MP[:, :, None] + rows).reshape(-1)
+
+
+def group_bags(grouping: Grouping, ids_MK: Tensor, weights_MK: Tensor) -> Bags:
+    """Rows of slots, and of their groups, of which each has the weights of its slots together: M bags."""
+    num_bags, found = ids_MK.shape
+    groups, by_group = (ids_MK // grouping.size).sort(dim=1, stable=True)
+    is_first = torch.ones_like(groups, dtype=torch.bool)
+    is_first[:, 1:] = groups[:, 1:] != groups[:, :-1]
+    which = is_first.flatten().cumsum(0) - 1
+    own = groups[is_first]
+    sums = torch.zeros(own.numel(), dtype=torch.float32, device=ids_MK.device)
+    sums.index_add_(0, which, weights_MK.gather(1, by_group).flatten())
+    counts = is_first.sum(dim=1)
+    bags = torch.arange(num_bags, dtype=torch.int64, device=ids_MK.device)
+    # Of each bag its slots first: a bag's place is what the bags before it have.
+    bag = torch.cat((bags.repeat_interleave(found), bags.repeat_interleave(counts)))
+    order = bag.argsort(stable=True)
+    rows = torch.cat((grouping.row_of(ids_MK.flatten()), own * grouping.pitch))
+    ends = torch.zeros(num_bags + 1, dtype=torch.int64, device=ids_MK.device)
+    torch.cumsum(counts + found, 0, out=ends[1:])
+    return Bags(ids=rows[order], weights=torch.cat((weights_MK.flatten(), sums))[order], offsets=ends)

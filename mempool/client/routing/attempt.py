@@ -12,28 +12,25 @@ from torch import Tensor
 
 from mempool.agreement.writes import OpenWrite, Writer
 from mempool.client.experts.asked import Experts, merge_bags, merge_expert_grads
+from mempool.client.keys.asked import score
 from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import (
     Part,
     ShardRoute,
     TablePlan,
-    merge_candidates,
     merge_values,
     merge_weight_grads,
     pick_grads,
     split,
 )
 from mempool.client.routing.row_calls import read_rows, write_rows
-from mempool.client.routing.slices import MESSAGE_BYTES, slices, some_at_a_time
+from mempool.client.routing.slices import MESSAGE_BYTES, as_one, slices, some_at_a_time
 from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
     Envelope,
     GatherReply,
     GatherRequest,
     PinRequest,
-    ProductKeySpec,
-    ScoreReply,
-    ScoreRequest,
     ShardHost,
     Stamp,
     StepCountReply,
@@ -47,8 +44,6 @@ from mempool.types.messages import ReplyDtype
 from mempool.types.reading.pins import PinAction
 
 _SENT = "sent ids"
-SCORED_BYTES = 12
-"""Of one key that a shard found: its score and id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -164,7 +159,7 @@ class Attempt:
             return await some_at_a_time([partial(ask_some, part, host, envelope, n) for n in range(lookups)])
 
         answers = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
-        found = [(part, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)]
+        found = [(part, as_one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)]
         if experts is None:
             values = merge_values(self.plan, found, num_bags=bags.num_bags)
         else:
@@ -243,43 +238,19 @@ class Attempt:
             return merge_expert_grads(grads_of_parts, record.bags, input_dim=record.experts.input_dim)
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
-    async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor, Seen]:
+    async def score(
+        self, queries: Tensor, *, topk: int, groups: Tensor | None = None, group_scores: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Seen]:
         """Top-k of the table's keys by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K] int64.
 
-        queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys; [B, sections, D] where values are keys.
+        Args:
+            queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys; [B, sections, D] where values are keys.
+            groups, group_scores: As of ``ScoreRequest``.
         """
-        num_queries, num_heads, dim = queries.shape
-        pieces = slices(num_queries, num_heads * max(topk * SCORED_BYTES, dim * queries.element_size()))
-
-        async def ask_some(host: ShardHost, envelope: Envelope, first: int, end: int) -> ScoreReply:
-            some = queries[first:end]
-            reply = await host.score(ScoreRequest(envelope=envelope, queries=some, topk=topk, pin=self._pin))
-            self._traffic.add(sent=some.nbytes, received=reply.scores.nbytes + reply.ids.nbytes)
-            self._fanout.saw(reply.stamp.table_version)
-            return reply
-
-        async def ask(host: ShardHost, envelope: Envelope) -> list[ScoreReply]:
-            return await some_at_a_time([partial(ask_some, host, envelope, *piece) for piece in pieces])
-
-        flat = not isinstance(self.plan.schema.keys, ProductKeySpec)
-        owners = [route.info for route in self.plan.routes if route.blocks[0] == 0]
-        if not flat:
-            owners = [owner for owner, _ in self.plan.head_owners]
-        answers = await self._fanout.each([(owner, ask) for owner in owners])
-        seen = seen_of(self.plan, [reply.stamp for some in answers for reply in some])
-        found = [(_one([reply.scores for reply in some]), _one([reply.ids for reply in some])) for some in answers]
-        if flat:
-            scores, ids = merge_candidates([scores for scores, _ in found], [ids for _, ids in found], topk=topk)
-            return scores, ids, seen
-        shape = (queries.shape[0], queries.shape[1], topk)
-        scores = torch.empty(shape, dtype=torch.float32, device="cpu")
-        ids = torch.empty(shape, dtype=torch.int64, device="cpu")
-        for (owner, heads), some, (of_scores, of_ids) in zip(self.plan.head_owners, answers, found, strict=True):
-            for reply in some:
-                if reply.heads != heads:
-                    raise Internal(f"shard {owner.shard} answered heads {reply.heads}; it owns {heads}.")
-            scores[:, list(heads)], ids[:, list(heads)] = of_scores, of_ids
-        return scores, ids, seen
+        scores, ids, stamps = await score(
+            self._fanout, queries, topk=topk, pin=self._pin, groups=groups, group_scores=group_scores
+        )
+        return scores, ids, seen_of(self.plan, stamps)
 
     async def read_rows(self, array: str, ids: Tensor) -> Tensor:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
@@ -435,10 +406,6 @@ def _bag_bytes(route: ShardRoute, bags: Bags) -> int:
 def piece_of(bags: Bags, number: int, pieces: int) -> Bags:
     """One of so many messages' share of a part's bags, about as much as the others'; none where they do not suffice."""
     return bags.some(bags.num_bags * number // pieces, bags.num_bags * (number + 1) // pieces)
-
-
-def _one(matrices: Sequence[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 def remembers(plan: TablePlan, route: ShardRoute, record: LookupRecord) -> bool:

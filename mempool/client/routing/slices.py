@@ -9,6 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from mempool.errors import Overloaded
 
 MESSAGE_BYTES = 2 * 2**20
@@ -37,6 +40,11 @@ def slices(count: int, item_bytes: int) -> list[tuple[int, int]]:
 def windows(pieces: Sequence[T]) -> Iterator[Sequence[T]]:
     """Pieces, as many as may be under way at a time."""
     return (pieces[start : start + WINDOW] for start in range(0, len(pieces), WINDOW))
+
+
+def as_one(matrices: Sequence[Tensor]) -> Tensor:
+    """What some messages answered, as if it had been one."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 async def together(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

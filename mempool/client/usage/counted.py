@@ -12,6 +12,7 @@ from torch import Tensor
 from mempool.client.counts import as_count
 from mempool.client.gathers.untraced import untraced
 from mempool.client.keys.keyed import Keyed
+from mempool.client.keys.layout import KeyLayout
 from mempool.client.rows import checked_rows, distinct_rows
 from mempool.client.usage.asking import ask_usage
 from mempool.client.usage.reinit import (
@@ -96,12 +97,12 @@ class Counted(Keyed):
         seed: int = 0,
         force: bool = False,
     ) -> Reinitialised:
-        """Let slots that were never used begin anew, from used ones: with their values and flat keys, plus noise.
+        """Let slots that were never used begin anew, from used ones: with their values and keys, plus noise.
 
         Optimizer state and counts of use of the slots are as of new ones then; the version stays. One process does it
         for all, between two steps: while nobody has anything pending, so in a group one rank, the others waiting for
         it. Each slot's values are written at once on a shard; where this is cut off some slots have begun anew, and the
-        same call does the same again. Product keys are no slot's own, and stay.
+        same call does the same again. Product keys, and those of groups, are no slot's own, and stay.
 
         Args:
             slots: [M] int64 distinct ids, or a list of int; None: all that were never used.
@@ -149,9 +150,11 @@ class Counted(Keyed):
             copied(self._rows, "values", schema.value_dim, chosen, noise=std, generator=generator)
             if isinstance(schema.keys, FlatKeySpec):
                 copied(self._rows, "keys", schema.keys.key_dim, chosen, noise=std, generator=generator)
-        if keys is not None:
+        layout = KeyLayout.of(schema)
+        if keys is not None and layout is not None:
+            rows = Reinitialised(slots=layout.slot_rows(chosen.slots), from_=layout.slot_rows(chosen.from_))
             with keys._link.prefetched.writing():
-                copied(keys._rows, "values", keys.schema.value_dim, chosen, noise=std, generator=generator)
+                copied(keys._rows, "values", keys.schema.value_dim, rows, noise=std, generator=generator)
         return chosen
 
     def _require_counts(self, why: str) -> None:

@@ -11,6 +11,7 @@ from mempool.kernels.dispatch.bags import (
 )
 from mempool.kernels.dispatch.dealing import deal_pairs
 from mempool.kernels.dispatch.experts import EXPERT_ACTS, ExpertGradients, expert_gradients, expert_sums
+from mempool.kernels.dispatch.groups import grouped_topk
 from mempool.kernels.dispatch.topk import (
     best_sums,
     flat_topk,
@@ -46,6 +47,7 @@ __all__ = [
     "flat_topk",
     "fused_step",
     "gather_rows",
+    "grouped_topk",
     "initial_values",
     "optimizer_step",
     "parts_topk",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mempool.client import Table
+from mempool.client.lookup import checked_topk
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, weights_of
 from mempool.nn.keys.dots import parts_of, product_scores
@@ -22,6 +23,8 @@ from mempool.nn.stable.balance import balance_loss
 from mempool.nn.stable.exploring import Exploring, kept_keys, other_slots, sampled, with_dropped_keys
 from mempool.nn.usage import HeadCounts, LayerUsage
 from mempool.nn.values import KeyLink, LayerLink
+from mempool.types import TrainedKeySpec
+from mempool.types.keys import Grouping, grouping_of
 
 
 class FindsSlots(nn.Module):
@@ -58,6 +61,8 @@ class FindsSlots(nn.Module):
             InvalidRequest: Groups or probes that do not fit the table or top-k.
         """
         most = self.exploring.sample_from or self.topk
+        if options.kind == "pool":
+            checked_topk(most, schema=self.table.schema)
         self.search = options.module(self.table.num_slots, topk=most, qk_norm=self.qk_norm, made=made)
         self.half_keys = nn.Parameter(torch.empty(options.shape, **made)) if options.kind == "product" else None
 
@@ -107,8 +112,9 @@ class FindsSlots(nn.Module):
         Half-keys [heads, ways, n, key_dim / ways]; of hierarchical keys, each with its group's added, and of flat keys
         in the pool [slots, key_dim].
         """
-        if isinstance(self.search, HierarchicalKeys):
-            return self.search.flat()
+        search = self._hierarchical()
+        if search is not None:
+            return search.flat()
         if isinstance(self.search, TuckerKeys):
             return self.search.scored_keys()
         if self.half_keys is None:
@@ -150,7 +156,8 @@ class FindsSlots(nn.Module):
         Args:
             x: [..., dim].
         """
-        if not isinstance(self.search, (HierarchicalKeys, TuckerKeys)):
+        search = self.search if isinstance(self.search, TuckerKeys) else self._hierarchical()
+        if search is None:
             return 1.0
         modes = {module: module.training for module in self.modules()}
         try:
@@ -158,8 +165,8 @@ class FindsSlots(nn.Module):
                 self.eval()  # else a look would count in the statistics of a batch norm of queries
                 queries = self.scoring_queries(x).reshape(-1, self.heads, self.key_dim)
                 with torch.autocast(queries.device.type, enabled=False):
-                    _, found = self.search(queries, self.topk)
-                    true = self.search.exact(queries, self.topk)
+                    _, found = search(queries, self.topk)
+                    true = search.exact(queries, self.topk)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -174,11 +181,38 @@ class FindsSlots(nn.Module):
         Args:
             lookup: Of this layer and all tokens of a step: ``layer(x, return_lookup=True)[1]``.
         """
-        if isinstance(self.search, HierarchicalKeys):
-            return balance_loss(lookup, [lookup.ids // self.search.group_size], self.search.group_keys.shape[0])
+        grouping = self._grouping
+        if grouping is not None:
+            return balance_loss(lookup, [lookup.ids // grouping.size], grouping.groups)
         if not self.codebook_size:
             return balance_loss(lookup, [lookup.ids], self.table.num_slots)
         return balance_loss(lookup, parts_of(lookup.ids, self.ways, self.codebook_size), self.codebook_size)
+
+    @property
+    def _grouping(self) -> Grouping | None:
+        """Of hierarchical keys, of the layer or of the pool."""
+        if isinstance(self.search, HierarchicalKeys):
+            return Grouping(self.search.slot_keys.shape[0], self.search.group_keys.shape[0])
+        return None if self.pool_keys is None else grouping_of(self.table.schema.keys, self.table.num_slots)
+
+    def _hierarchical(self) -> HierarchicalKeys | None:
+        """The layer's own hierarchical keys, or a copy of those in the pool as they are; None where it has others."""
+        grouping, keys = self._grouping, self.table.schema.keys
+        if grouping is None or self.pool_keys is None:
+            return self.search if isinstance(self.search, HierarchicalKeys) else None
+        assert isinstance(keys, TrainedKeySpec), "they are grouped"
+        found = HierarchicalKeys(
+            grouping.num_slots,
+            keys.key_dim,
+            groups=grouping.groups,
+            probes=keys.probes,
+            topk=self.topk,
+            qk_norm=False,
+            made={"device": "meta"},
+        )
+        parts = self.table.read_keys().to(self.pool_keys.device).split([grouping.groups, grouping.num_slots])
+        found.group_keys, found.slot_keys = (nn.Parameter(part, requires_grad=False) for part in parts)
+        return found
 
     def _chosen(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast.

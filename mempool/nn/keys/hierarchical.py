@@ -3,7 +3,6 @@
 Shape legend: B bags, H heads, K top-k, D key dim, G groups, N slots, g groups of a query ("probes"), M = B * H.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
 from mempool.nn.keys.dots import dots, dots_gradient
-from mempool.nn.keys.product import alias, best_keys, some_of
+from mempool.nn.keys.product import alias, best_keys, one_page, some_of
 from mempool.nn.scoring import unit_rms
+from mempool.types.keys import Grouping, group_count, groups_problem, probe_count, topk_problem
 
 _CHUNK_SLOTS = 1 << 18
 
@@ -56,17 +56,16 @@ class HierarchicalKeys(nn.Module):
         made: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.group_size = _group_size(num_slots, groups, probes)
-        num_groups = -(-num_slots // self.group_size)
-        self.probes = min(8, num_groups) if probes is None else probes
+        num_groups = group_count(num_slots, groups, probes)
+        if text := groups_problem(num_slots, num_groups):
+            raise InvalidRequest(f"groups = {num_groups:_} {text}")
+        grouping = Grouping(num_slots, num_groups)
+        self.group_size = grouping.size
+        self.probes = probe_count(num_groups, probes)
         if self.probes > num_groups:
             raise InvalidRequest(f"probes = {probes}, and there are {num_groups} groups: give at most that")
-        fewest = (self.probes - 1) * self.group_size + num_slots - (num_groups - 1) * self.group_size
-        if topk > fewest:
-            raise InvalidRequest(
-                f"topk = {topk}, and the {self.probes} groups that a query picks (probes) may have no more than"
-                f" {fewest} slots: give more probes, fewer groups, or a smaller topk"
-            )
+        if text := topk_problem(grouping, self.probes, topk):
+            raise InvalidRequest(f"topk = {topk}, {text}")
         self.qk_norm = qk_norm
         self.group_keys = nn.Parameter(torch.empty(num_groups, key_dim, **made))
         self.slot_keys = nn.Parameter(torch.empty(num_slots, key_dim, **made))
@@ -127,50 +126,25 @@ class HierarchicalKeys(nn.Module):
         return f"{self.group_keys.shape[0]} groups x {self.group_size} slots, probes={self.probes}"
 
 
-def _group_size(num_slots: int, groups: int | None, probes: int | None) -> int:
-    """Slots of a group; raises InvalidRequest where so many groups leave some without a slot."""
-    wanted = round(math.sqrt((8 if probes is None else probes) * num_slots)) if groups is None else groups
-    size = -(-num_slots // min(wanted, num_slots))
-    fitting = -(-num_slots // size)
-    if groups is not None and fitting != groups:
-        fewer = f"{fitting:_} (of {size:_})"
-        more = f" or {-(-num_slots // (size - 1)):_} (of {size - 1:_})" if size > 1 else ""
-        raise InvalidRequest(
-            f"groups = {groups:_} of equally many of {num_slots:_} slots leaves groups empty: give {fewer}{more}"
-        )
-    return size
-
-
 def _choice(
     queries: Tensor, group_keys: Tensor, slot_keys: Tensor, group_size: int, probes: int, topk: int, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scores and ids [M, topk]; ties go by id, as lists are put in the order of ids before winners are taken."""
-    from mempool.kernels import select_topk
+    """Scores and ids [M, topk]; ties go by id."""
+    from mempool.kernels import grouped_topk
 
-    num_queries = queries.shape[0]
     scores, picked = best_keys(queries, group_keys, probes, deterministic=deterministic)
     picked, order = some_of(picked).sort(dim=1)
-    scores = scores.gather(1, order)
-    room = min(topk, group_size)
-    by_group, order = picked.flatten().sort(stable=True)
-    groups, counts = torch.unique_consecutive(by_group, return_counts=True)
-    # All queries that picked a group come to its keys together.
-    sorted_queries = queries[order // probes]
-    found = queries.new_empty(picked.numel(), room)
-    slots = torch.empty_like(found, dtype=torch.int64)
-    first = 0
-    for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
-        part = slice(first, first + count)
-        own = slot_keys[group * group_size : (group + 1) * group_size]
-        found[part], slots[part] = best_keys(sorted_queries[part], own, room, deterministic=deterministic)
-        first += count
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)
-    found, slots = found[back], slots[back]
-    ids, order = torch.where(slots < 0, -1, slots + picked.view(-1, 1) * group_size).sort(dim=1)
-    sums = found.gather(1, order) + scores.view(-1, 1)
-    best, places = select_topk(sums.view(num_queries, probes * room), topk)
-    return best, some_of(ids.view(num_queries, probes * room).gather(1, places))
+    best, ids = grouped_topk(
+        queries.contiguous(),
+        one_page(slot_keys),
+        picked,
+        scores.gather(1, order),
+        topk,
+        num_slots=slot_keys.shape[0],
+        group_size=group_size,
+        deterministic=deterministic,
+    )
+    return best.masked_fill(ids < 0, torch.nan), some_of(ids)
 
 
 @torch.library.custom_op("mempool::hierarchical_topk", mutates_args=())

@@ -77,7 +77,8 @@ def key_options(
         there = checked_pool_keys(table, heads, key_dim, ways, **of_model)
         ways = there.ways if there.product else 1
         size = codebook_size(name, num_slots, ways) if there.product else 0
-        return KeyOptions(kind, there.heads, checked_key_dim(there.key_dim, parts=ways), ways, size, 1, None, None)
+        heads = checked_int("heads", 4 if heads is None else heads) if there.groups else there.heads
+        return KeyOptions(kind, heads, checked_key_dim(there.key_dim, parts=ways), ways, size, 1, None, None)
     allowed = {"product": ("ways",), "tucker": ("rank", "probes"), "hierarchical": ("groups", "probes")}[kind]
     counts: dict[str, int | None] = {}
     for option, given in (("ways", ways), ("rank", rank), ("groups", groups), ("probes", probes)):

@@ -8,10 +8,13 @@ Shape legend: B bags, H heads, K top-k, P parts ("ways"), N half-keys of a codeb
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mempool.kernels import Paged
 
 Range = tuple[int, int]
 """First half-key (or slot), and the one after the last."""
@@ -137,13 +140,19 @@ def best_keys(queries_BD: Tensor, keys_ND: Tensor, topk: int, *, deterministic: 
 
     It has NaN for no candidate. Such places, and those beyond the last key, get the number -1 and NaN here.
     """
-    from mempool.kernels import Paged, flat_topk
+    from mempool.kernels import flat_topk
 
-    num_keys = keys_ND.shape[0]
-    page = torch.zeros(1, dtype=torch.int32, device=keys_ND.device)
-    paged = Paged(keys_ND.contiguous(), page, max(1, num_keys - 1).bit_length())
-    scores, ids = flat_topk(queries_BD.contiguous(), paged, topk, num_keys, deterministic=deterministic)
+    queries, num_keys = queries_BD.contiguous(), keys_ND.shape[0]
+    scores, ids = flat_topk(queries, one_page(keys_ND), topk, num_keys, deterministic=deterministic)
     return scores.masked_fill(ids < 0, torch.nan), ids
+
+
+def one_page(keys_ND: Tensor) -> "Paged":
+    """Keys as kernels take those of a shard."""
+    from mempool.kernels import Paged
+
+    page = torch.zeros(1, dtype=torch.int32, device=keys_ND.device)
+    return Paged(keys_ND.contiguous(), page, max(1, keys_ND.shape[0] - 1).bit_length())
 
 
 def some_of(ids: Tensor) -> Tensor:

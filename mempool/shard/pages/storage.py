@@ -20,7 +20,6 @@ from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.filling import filled, filled_head_keys
 from mempool.shard.pages.masks import Mask, by_blocks
 from mempool.shard.pages.named_arrays import (
-    KEYS,
     MASTER,
     VALUE_DTYPES,
     VALUES,
@@ -33,11 +32,11 @@ from mempool.shard.pages.named_arrays import (
     packed_sums,
     row_bytes,
 )
-from mempool.shard.pages.scoring import best, filled_up, no_candidates, score_sections
+from mempool.shard.pages.scoring import Picked, scored
 from mempool.shard.reading.keeper import Keeper
 from mempool.shard.reading.moments import Moments
 from mempool.shard.steps.optimizers import dense_schedule, id_dtype, step_names
-from mempool.types import FlatKeySpec, OwnKeySpec, PageHeat, Placement, ProductKeySpec, TableSchema
+from mempool.types import OwnKeySpec, PageHeat, Placement, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
 from mempool.types.running import Clock
 from mempool.types.sizes import PAGE_TABLE_BYTES, owned_bytes
@@ -365,30 +364,14 @@ class Storage:
             return self.heads
         return tuple(range(keys.sections)) if isinstance(keys, OwnKeySpec) else (0,)
 
-    def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
-        """Heads answered, scores [B, H, K] float32 and ids [B, H, K] int64, best first."""
-        if isinstance(self.schema.keys, OwnKeySpec):
-            scores, ids = score_sections(self, self.schema.keys, queries_BHD, topk)
-            return self.scored_heads, scores, ids
-        keys = self.schema.keys
-        deterministic = not isinstance(keys, FlatKeySpec | ProductKeySpec) or keys.deterministic
-        if isinstance(keys, ProductKeySpec):
-            if not self.heads:
-                return (), *no_candidates((queries_BHD.shape[0], 0, topk), self.device)
-            queries = queries_BHD[:, list(self.heads)].contiguous()
-            scores, ids = kernels.product_topk(
-                queries, self.head_keys, topk, self.schema.stride, deterministic=deterministic
-            )
-            return self.heads, scores, ids
-        scores, ids = no_candidates((queries_BHD.shape[0], 0), self.device)
-        for lane in self._lanes:
-            if lane.arena.has(KEYS):
-                paged = lane.arena.paged(KEYS)
-                queries = queries_BHD[:, 0].contiguous()
-                found = kernels.flat_topk(queries, paged, topk, self.schema.num_slots, deterministic=deterministic)
-                scores, ids = best(torch.cat((scores, found[0]), 1), torch.cat((ids, found[1]), 1), topk)
-        scores, ids = filled_up(scores, ids, topk)
-        return (0,), scores.unsqueeze(1), ids.unsqueeze(1)
+    def score(
+        self, queries_BHD: Tensor, topk: int, *, picked: Picked | None = None
+    ) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """Heads answered, scores [B, H, K] float32 and ids [B, H, K] int64, best first.
+
+        picked: With hierarchical keys the groups whose slots are scored; None: groups are.
+        """
+        return self.scored_heads, *scored(self, queries_BHD, topk, picked=picked)
 
     def row_blocks(self, name: str) -> Blocks:
         """The blocks whose columns rows of this array have here."""

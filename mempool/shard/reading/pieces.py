@@ -8,22 +8,26 @@ from mempool.shard.pages.storage import Storage
 from mempool.shard.work.pace import BAG_ROWS
 from mempool.types import FlatKeySpec, OwnKeySpec, ProductKeySpec
 from mempool.types.bags import Bags
+from mempool.types.keys import grouping_of
 
 SCORE_PIECE_PRODUCTS = 2**32
 """Products that scoring makes at once, but of at least ``_LEAST_QUERIES`` where these share each key that is read."""
 _LEAST_QUERIES = 16
 
 
-def queries_at_once(storage: Storage, topk: int) -> int:
-    """How many queries are scored before others have their turn."""
-    products, candidates = _products(storage, topk)
+def queries_at_once(storage: Storage, topk: int, *, probes: int = 0) -> int:
+    """How many queries are scored before others have their turn. probes: Groups that each looks into, if it does."""
+    products, candidates = _products(storage, topk, probes)
     least = _LEAST_QUERIES if candidates <= products else 1  # candidates are each query's own
     return max(least, SCORE_PIECE_PRODUCTS // max(1, products + candidates))
 
 
-def _products(storage: Storage, topk: int) -> tuple[int, int]:
+def _products(storage: Storage, topk: int, probes: int) -> tuple[int, int]:
     """Products that one query takes, of all heads here, and the candidates that it chooses among by them."""
     schema = storage.schema
+    if (grouping := grouping_of(schema.keys, schema.num_slots)) is not None:
+        scored = probes * grouping.size if probes else grouping.groups
+        return scored * schema.value_dim, 0
     if isinstance(schema.keys, OwnKeySpec):
         return schema.keys.sections * schema.keys.rows * schema.value_dim, 0
     if not isinstance(schema.keys, FlatKeySpec | ProductKeySpec):

@@ -18,6 +18,7 @@ from mempool.shard import bounds
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.named_arrays import KEYS, LAST_STEP, SCALES, VALUES
+from mempool.shard.pages.scoring import Picked
 from mempool.shard.pages.storage import Lane, Storage
 from mempool.shard.reading.arrays import rows_then
 from mempool.shard.reading.kept import KeptRows
@@ -165,14 +166,16 @@ class PinnedStorage(Storage):
         storage, ids = self._at(ids_M)
         return Storage.read(storage, name, ids)
 
-    def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
+    def score(
+        self, queries_BHD: Tensor, topk: int, *, picked: Picked | None = None
+    ) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """As of ``Storage``."""
         own = isinstance(self.schema.keys, OwnKeySpec)
         flat = [lane for lane in self._lanes if own or lane.arena.has(KEYS)]
         late = own and self._schedule is not None  # of which all rows have to be brought to that step
         if not late and not any(self._moments.kept(lane.arena).any_copied(self._moment.number) for lane in flat):
-            return Storage.score(self, queries_BHD, topk)
-        return Storage.score(self._with(self._pieces(flat)), queries_BHD, topk)
+            return Storage.score(self, queries_BHD, topk, picked=picked)
+        return Storage.score(self._with(self._pieces(flat)), queries_BHD, topk, picked=picked)
 
     def _kept(self) -> list[KeptRows]:
         return [self._moments.kept(lane.arena) for lane in self._lanes]

@@ -5,7 +5,8 @@ and saved as values are. It is made, dropped, saved and restored with the table 
 import math
 from dataclasses import replace
 
-from mempool.types.schema import OwnKeySpec, TableSchema, TrainedKeySpec
+from mempool.types.keys.grouping import Grouping
+from mempool.types.schema import KeySpec, OwnKeySpec, TableSchema, TrainedKeySpec
 from mempool.types.sizes import default_page_slots
 
 _SUFFIX = ":keys"
@@ -43,17 +44,33 @@ def least_root(num_slots: int, ways: int) -> int:
     return size
 
 
+def grouping_of(keys: KeySpec | None, num_slots: int) -> Grouping | None:
+    """How hierarchical keys group slots; None of other keys, and of none.
+
+    Args:
+        keys: Of a table, or of the table of its keys.
+        num_slots: Of the table that says so.
+    """
+    if isinstance(keys, TrainedKeySpec) and keys.groups:
+        return Grouping(num_slots, keys.groups)
+    if isinstance(keys, OwnKeySpec) and keys.groups:
+        return Grouping(num_slots - keys.groups, keys.groups)
+    return None
+
+
 def key_table(schema: TableSchema) -> TableSchema | None:
     """The schema of the table of a table's keys, ``table_id`` 0; None where it trains none.
 
-    Flat keys: the row of slot i is its key. Product keys: section ``ways * head + part`` has the n half-keys of that
+    Flat keys: the row of slot i is its key. Hierarchical keys: rows as ``Grouping`` has them. Product keys: section ``ways * head + part`` has the n half-keys of that
     part, in order. Sections begin with a page, so that a shard scores each by its own part of the page table.
     """
     keys = schema.keys
     if not isinstance(keys, TrainedKeySpec):
         return None
     ways = keys.ways if keys.product else 1
-    sections, rows = ways * keys.heads if keys.product else 1, least_root(schema.num_slots, ways)
+    grouping = grouping_of(keys, schema.num_slots)
+    sections = ways * keys.heads if keys.product else 1
+    rows = least_root(schema.num_slots, ways) if grouping is None else grouping.num_rows
     width = keys.key_dim // ways
     made = replace(
         schema,
@@ -68,7 +85,7 @@ def key_table(schema: TableSchema) -> TableSchema | None:
         init_std=1.0 / math.sqrt(keys.key_dim),
         layout="rows",
         optimizer=keys.optimizer,
-        keys=OwnKeySpec(sections=sections, rows=rows, ways=keys.ways),
+        keys=OwnKeySpec(sections=sections, rows=rows, ways=keys.ways, groups=keys.groups),
         rounding="nearest",
         master=False,
         usage=False,

@@ -69,7 +69,14 @@ DISCARD_REQUEST = FrameCodec(
 DISCARD_REPLY = FrameCodec(Mirror(pb.DiscardReply, types.DiscardReply))
 HEARTBEAT_REQUEST = FrameCodec(Mirror(pb.HeartbeatRequest, types.HeartbeatRequest))
 HEARTBEAT_REPLY = FrameCodec(Mirror(pb.HeartbeatReply, types.HeartbeatReply))
-SCORE_REQUEST = FrameCodec(Mirror(pb.ScoreRequest, types.ScoreRequest, _REQUEST), {"queries": PER_HEAD})
+SCORE_REQUEST = FrameCodec(
+    Mirror(pb.ScoreRequest, types.ScoreRequest, _REQUEST),
+    {
+        "queries": PER_HEAD,
+        "groups": TensorField(dtypes=INT64.dtypes, dims=(2,), optional=True),
+        "group_scores": TensorField(dims=(2,), optional=True),
+    },
+)
 SCORE_REPLY = FrameCodec(
     Mirror(pb.ScoreReply, types.ScoreReply, _REPLY),
     {"scores": PER_HEAD, "ids": TensorField(dtypes=INT64.dtypes, dims=(3,))},

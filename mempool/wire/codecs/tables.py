@@ -171,12 +171,17 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
             heads=value.keys.heads,
             product=value.keys.product,
             ways=value.keys.ways,
+            groups=value.keys.groups,
+            probes=value.keys.probes,
             optimizer=optimizer_message(value.keys.optimizer),
         )
         message.trained_keys.CopyFrom(trained)
     elif isinstance(value.keys, OwnKeySpec):
+        own_keys = value.keys
         message.own_keys.CopyFrom(
-            table_pb2.OwnKeySpec(sections=value.keys.sections, rows=value.keys.rows, ways=value.keys.ways)
+            table_pb2.OwnKeySpec(
+                sections=own_keys.sections, rows=own_keys.rows, ways=own_keys.ways, groups=own_keys.groups
+            )
         )
     elif value.keys is not None:
         flat = table_pb2.FlatKeySpec(key_dim=value.keys.key_dim, deterministic=value.keys.deterministic)
@@ -203,10 +208,12 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
             product=trained.product,
             heads=trained.heads,
             ways=trained.ways or 2,
+            groups=trained.groups,
+            probes=trained.probes,
         )
     elif message.HasField("own_keys"):
         own = message.own_keys
-        keys = OwnKeySpec(sections=own.sections, rows=own.rows, ways=own.ways or 2)
+        keys = OwnKeySpec(sections=own.sections, rows=own.rows, ways=own.ways or 2, groups=own.groups)
     dtype = choice(_STORAGE_DTYPE_NAMES, message.dtype, "TableSchema.dtype")
     rounding = default_rounding(dtype, master=message.master)
     if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:

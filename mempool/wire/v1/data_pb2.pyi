@@ -1150,6 +1150,8 @@ class ScoreRequest(_message.Message):
     TOPK_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     QUERIES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    GROUP_SCORES_FIELD_NUMBER: _builtins.int
     topk: _builtins.int
     """How many per head; at least 1."""
     pin: _builtins.str
@@ -1162,6 +1164,16 @@ class ScoreRequest(_message.Message):
     def queries(self) -> _tensor_pb2.Tensor:
         """[B, H, key_dim] float32 for product keys, [B, 1, key_dim] for flat keys; [B, sections, value_dim] of a table of keys."""
 
+    @_builtins.property
+    def groups(self) -> _tensor_pb2.Tensor:
+        """Of a table of hierarchical keys: [B, G] int64, the groups that each query looks into, ascending; the best of their slots are
+        answered. Absent: the best groups are.
+        """
+
+    @_builtins.property
+    def group_scores(self) -> _tensor_pb2.Tensor:
+        """With `groups`: [B, G] float32, finite, what is added to the scores of each one's slots, in float32."""
+
     def __init__(
         self,
         *,
@@ -1169,10 +1181,12 @@ class ScoreRequest(_message.Message):
         topk: _builtins.int = ...,
         pin: _builtins.str = ...,
         queries: _tensor_pb2.Tensor | None = ...,
+        groups: _tensor_pb2.Tensor | None = ...,
+        group_scores: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "queries", b"queries"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "group_scores", b"group_scores", "groups", b"groups", "queries", b"queries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "pin", b"pin", "queries", b"queries", "topk", b"topk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "group_scores", b"group_scores", "groups", b"groups", "pin", b"pin", "queries", b"queries", "topk", b"topk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1204,7 +1218,9 @@ class ScoreReply(_message.Message):
 
     @_builtins.property
     def ids(self) -> _tensor_pb2.Tensor:
-        """[B, number of heads answered, topk] int64; -1 where there are fewer than topk."""
+        """[B, number of heads answered, topk] int64; -1 where there are fewer than topk. Of a table of hierarchical keys groups, or
+        slots of the table whose keys they are; of other tables of keys rows.
+        """
 
     def __init__(
         self,
@@ -1240,7 +1256,7 @@ class LookupRequest(_message.Message):
     """What `values` is sent as: DTYPE_FLOAT32 (also when unspecified) or DTYPE_BFLOAT16."""
     @_builtins.property
     def queries(self) -> _tensor_pb2.Tensor:
-        """[B, H, key_dim] float32; or [B, key_dim], for a table of one head or flat keys."""
+        """[B, H, key_dim] float32; or [B, key_dim], for a table of one head or flat keys. Of hierarchical keys H is any number."""
 
     def __init__(
         self,

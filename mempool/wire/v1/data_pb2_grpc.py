@@ -202,8 +202,11 @@ class MemoryServiceServicer(object):
         pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were
         scored, with those weights, answers the gradient of the query. An Update of them with those weights, whose gradient is
         the query, is that of the keys: Prepare and Commit name it in one step with the table's own.
+        Hierarchical keys are asked twice, a query of any head each: for the best groups (topk = probes), and with those as
+        `groups`, ascending, and their scores for the best slots in them. Where the versions of the two answers are not one,
+        ask again.
 
-        ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
+        ERROR_CODE_INVALID_REQUEST for a table without keys, for NaN in a query, and for groups that there are not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

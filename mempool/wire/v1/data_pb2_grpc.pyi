@@ -153,8 +153,11 @@ class MemoryServiceStub:
     pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were
     scored, with those weights, answers the gradient of the query. An Update of them with those weights, whose gradient is
     the query, is that of the keys: Prepare and Commit name it in one step with the table's own.
+    Hierarchical keys are asked twice, a query of any head each: for the best groups (topk = probes), and with those as
+    `groups`, ascending, and their scores for the best slots in them. Where the versions of the two answers are not one,
+    ask again.
 
-    ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
+    ERROR_CODE_INVALID_REQUEST for a table without keys, for NaN in a query, and for groups that there are not.
     """
     Lookup: _grpc.UnaryUnaryMultiCallable[_data_pb2.LookupRequest, _data_pb2.LookupReply]
     """Queries in, pooled values out: the whole lookup (score, merge, softmax, gather on all owners), for clients that do not
@@ -294,8 +297,11 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were
     scored, with those weights, answers the gradient of the query. An Update of them with those weights, whose gradient is
     the query, is that of the keys: Prepare and Commit name it in one step with the table's own.
+    Hierarchical keys are asked twice, a query of any head each: for the best groups (topk = probes), and with those as
+    `groups`, ascending, and their scores for the best slots in them. Where the versions of the two answers are not one,
+    ask again.
 
-    ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
+    ERROR_CODE_INVALID_REQUEST for a table without keys, for NaN in a query, and for groups that there are not.
     """
     Lookup: _aio.UnaryUnaryMultiCallable[_data_pb2.LookupRequest, _data_pb2.LookupReply]  # type: ignore[assignment]
     """Queries in, pooled values out: the whole lookup (score, merge, softmax, gather on all owners), for clients that do not
@@ -474,8 +480,11 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         pairs of sections first, and take the topk. The gradient of a score is a weight there. A Gather of the rows that were
         scored, with those weights, answers the gradient of the query. An Update of them with those weights, whose gradient is
         the query, is that of the keys: Prepare and Commit name it in one step with the table's own.
+        Hierarchical keys are asked twice, a query of any head each: for the best groups (topk = probes), and with those as
+        `groups`, ascending, and their scores for the best slots in them. Where the versions of the two answers are not one,
+        ask again.
 
-        ERROR_CODE_INVALID_REQUEST for a table without keys, and for NaN in a query.
+        ERROR_CODE_INVALID_REQUEST for a table without keys, for NaN in a query, and for groups that there are not.
         """
 
     @_abc_1.abstractmethod

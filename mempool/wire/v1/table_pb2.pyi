@@ -318,18 +318,27 @@ class TrainedKeySpec(_message.Message):
     PRODUCT_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     WAYS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
     key_dim: _builtins.int
     """Width of a query of one head; with product keys a multiple of ways."""
     heads: _builtins.int
-    """Number of heads; 1 for flat keys."""
+    """Number of heads; 1 for keys that are no product keys."""
     product: _builtins.bool
     """Product keys: row (ways * head + part) * num_slots / (ways * heads) + i of the other table's num_slots is half-key i
-    of that head and part. Otherwise flat keys: row i is the key of slot i.
+    of that head and part. Otherwise flat keys, row i is the key of slot i; or with `groups` hierarchical keys.
     """
     ways: _builtins.int
     """Parts of a product key, each of a codebook of n half-keys, n^ways being the slots of the table whose keys they are (of
     two parts n is the least with n^2 at least as many: products beyond the last slot are none); 2 where it is not set.
     """
+    groups: _builtins.int
+    """Hierarchical keys, which queries of any number of heads share: the slots are in so many groups of s = ceil(slots / groups)
+    each, the last of which may have fewer, and none has none. Row g * (s + 1) of the other table is the key of group g, and
+    row g * (s + 1) + 1 + j that of its slot g * s + j. 0: flat keys.
+    """
+    probes: _builtins.int
+    """Of hierarchical keys, the groups that a query looks into, at most all."""
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
         """What applies the keys' updates."""
@@ -342,10 +351,12 @@ class TrainedKeySpec(_message.Message):
         product: _builtins.bool = ...,
         optimizer: Global___OptimizerSpec | None = ...,
         ways: _builtins.int = ...,
+        groups: _builtins.int = ...,
+        probes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "key_dim", b"key_dim", "optimizer", b"optimizer", "product", b"product", "ways", b"ways"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "heads", b"heads", "key_dim", b"key_dim", "optimizer", b"optimizer", "probes", b"probes", "product", b"product", "ways", b"ways"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,22 +371,26 @@ class OwnKeySpec(_message.Message):
     SECTIONS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     WAYS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     sections: _builtins.int
     """The slots are so many ranges of equal length: Score's heads."""
     rows: _builtins.int
     """Slots of a section that are keys, from its first on."""
     ways: _builtins.int
     """Sections of a head, as many as its keys have parts; 2 where it is not set. Of one section it means nothing."""
+    groups: _builtins.int
+    """So many of the rows are keys of groups, as in TrainedKeySpec, of one section. 0: none are."""
     def __init__(
         self,
         *,
         sections: _builtins.int = ...,
         rows: _builtins.int = ...,
         ways: _builtins.int = ...,
+        groups: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "sections", b"sections", "ways", b"ways"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "rows", b"rows", "sections", b"sections", "ways", b"ways"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
