@@ -83,7 +83,8 @@ def checked_queries(queries: Tensor, *, schema: TableSchema) -> Tensor:
     """A caller's queries as shards take them, after all checks.
 
     Args:
-        queries: [B, H, D] for product keys, for hierarchical keys of any H, [B, D] for flat keys; floating, on any device.
+        queries: [B, H, D] for product keys, for hierarchical keys of any H, [B, D] for flat keys; floating, on any
+            device.
 
     Returns:
         [B, H, D] (H = 1 for flat keys) float32 on the CPU, a copy of its own.

@@ -108,9 +108,11 @@ class FlatKeys(_Keys):
 
 
 class HierarchicalKeys(ConfigModel):
-    """Keys in groups, trained in the pool: one key a slot and one a group, which all heads share. A query picks the
-    ``probes`` best groups and the best slots in those; a slot's score is ``<q, key of its group> + <q, its own key>``, so
-    that the choice of groups is trained too. The search is greedy: see ``MemoryLayer.recall``.
+    """Keys in groups, trained in the pool: one key a slot and one a group, which all heads share.
+
+    A query q picks the ``probes`` best groups, and the best slots in those; the score of a slot is
+    ``<q, key of its group> + <q, its own key>``, so that the choice of groups is trained too. The search is greedy:
+    ``MemoryLayer.recall`` says what it misses.
 
     Args:
         key_dim: Width of a key and of a query of one head.

@@ -104,10 +104,11 @@ class MemoryLayer(FindsSlots):
         table: A table. Where its slots are no n ** ways, the last of the products are no slots, and never chosen; that
             takes up to half as long again as products of all.
         keys: "model" or "product": half-keys are parameters of the layer. "pool": the table trains them (made with
-            ``ProductKeys(..., optimizer=...)``, ``FlatKeys`` or ``HierarchicalKeys``): the layer sends queries and has no
-            keys; the same training by ``PoolOptimizer``. Each call and each backward pass take a round trip more, a call
-            with hierarchical keys two. A graph break under ``torch.compile``. "hierarchical": a key a slot, in groups with keys too, which all heads share
-            (``mempool.nn.keys.hierarchical``): parameters, and as many as flat keys; the search is greedy.
+            ``ProductKeys(..., optimizer=...)``, ``FlatKeys`` or ``HierarchicalKeys``): the layer sends queries and has
+            no keys; the same training by ``PoolOptimizer``. Each call and each backward pass take a round trip more, a
+            call with hierarchical keys two. A graph break under ``torch.compile``. "hierarchical": a key a slot, in
+            groups with keys too, which all heads share (``mempool.nn.keys.hierarchical``): parameters, and as many as
+            flat keys; the search is greedy.
         ways: Parts into which a query is cut, each with a codebook. 3 have far fewer half-keys than 2, and share each
             among far more slots. None: 2, or as the keys in the pool have.
         score: Of product keys of two ways. "tucker": the halves' scores are multiplied through a trained core in place

@@ -369,8 +369,8 @@ class ScoreRequest:
 
     Attributes:
         pin: As of ``GatherRequest``.
-        groups: Of a table of hierarchical keys: [B, G] int64, ascending, the groups whose slots are scored. None: groups
-            are.
+        groups: Of a table of hierarchical keys: [B, G] int64, ascending, the groups whose slots are scored. None:
+            groups are.
         group_scores: [B, G] float32, added to the scores of their slots; with ``groups``.
     """
 

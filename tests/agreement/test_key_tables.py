@@ -22,7 +22,7 @@ from mempool.wire.channels import loop
 
 from .conftest import Pools
 from .reference import all_rows
-from .test_key_training import KEYS, assert_same, everything_of, train
+from .test_key_training import KEYS, assert_same, everything_of, queries_for, train
 
 SIZES: dict[str, Any] = {"num_slots": 8**2, "value_dim": 8, "optimizer": SGD(lr=0.1)}
 
@@ -176,7 +176,10 @@ def test_a_file_has_them_and_so_has_what_is_imported(pools: Pools, tmp_path: Pat
         pool.export_table(kind, file)
         copy = pool.import_table(file, name="copy")
         assert copy.schema.keys == table.schema.keys
-        served = getattr(mempool, f"{kind.capitalize()}Keys")(**KEYS[kind].model_dump(exclude={"optimizer", "type"}))
+        of_kind = getattr(mempool, f"{kind.capitalize()}Keys")
+        # Those in groups are trained in any case.
+        told = KEYS[kind].model_dump(exclude={"type"} if kind == "hierarchical" else {"optimizer", "type"})
+        served = of_kind(**told)
         config = mempool.TableConfig(name="served", **SIZES | {"num_slots": 19**2}, keys=served)
         for imported in (copy, pool.import_table(file, config)):
             assert torch.equal(imported.read_keys(), table.read_keys())
@@ -240,7 +243,7 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
     with pools.fresh(2) as pool:
         table = made(pool, kind)
         train(table)
-        queries = torch.randn(5, *((2, 8) if kind == "product" else (8,)), requires_grad=True)
+        queries = queries_for(table, 5).requires_grad_()
         expected, keys = table.lookup(queries, 4), table.read_keys()
         assert pool.snapshot("then") == {kind: 1}
         with table.at() as seen, table.at("then") as then, table.at(1) as numbered:
@@ -258,12 +261,21 @@ def test_readers_see_the_keys_of_their_version(pools: Pools, kind: str) -> None:
             with torch.no_grad(), reading(layer, seen):
                 first = layer(x)
                 train_later = table.read_keys()
-                assert torch.equal(layer.scoring_keys(), keys)
-            assert torch.equal(layer.scoring_keys(), train_later)
+                assert torch.equal(layer.scoring_keys(), as_scored(keys, table))
+            assert torch.equal(layer.scoring_keys(), as_scored(train_later, table))
             assert not torch.equal(layer(x), first)
         pool.drop_snapshot("then")
         with pytest.raises(errors.VersionGone):
             table.at("then")
+
+
+def as_scored(keys: torch.Tensor, table: mempool.Table) -> torch.Tensor:
+    """Of slots in groups, the key of each with its group's."""
+    groups = table.schema.keys.groups
+    if not groups:
+        return keys
+    size = -(-table.num_slots // groups)
+    return keys[groups:] + keys[:groups].repeat_interleave(size, dim=0)[: table.num_slots]
 
 
 class CommitsBetween:

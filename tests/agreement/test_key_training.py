@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 import mempool
 from mempool import errors
+from mempool.client.lookup import has_flat_keys
 from mempool.nn import MemoryLayer, PoolOptimizer
+from mempool.nn.keys.hierarchical import HierarchicalKeys
 from mempool.optim import SGD, Adagrad, AdamW
 
 from .conftest import Pools
@@ -27,13 +29,18 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
 KEYS: dict[str, Any] = {
     "flat": mempool.FlatKeys(key_dim=8, optimizer=Adagrad(lr=0.1)),
     "product": mempool.ProductKeys(heads=2, key_dim=8, optimizer=AdamW(lr=0.1, dense=True)),
+    "hierarchical": mempool.HierarchicalKeys(key_dim=8, probes=3, optimizer=AdamW(lr=0.1, dense=True)),
 }
+
+
+def queries_for(table: mempool.Table, count: int = 6) -> Tensor:
+    """Random ones, of two heads where there are any."""
+    return torch.randn(count, *((8,) if has_flat_keys(table.schema) else (2, 8)))
 
 
 def train(table: mempool.Table) -> None:
     """A step of random queries."""
-    queries = torch.randn(6, *((2, 8) if table.schema.keys.heads == 2 else (8,)))
-    table.lookup(queries, 4).values.square().sum().backward()
+    table.lookup(queries_for(table), 4).values.square().sum().backward()
     assert table.commit() == 2
 
 
@@ -115,11 +122,19 @@ def test_a_layer_without_keys_trains_what_one_with_keys_does(
     assert there.read_keys().shape == (2, ways, thin.codebook_size, 4)
     assert not any("keys" in name for name in thin.state_dict())
     whole.load_state_dict({**thin.state_dict(), "half_keys": there.read_keys()})
-    steps = []
+    train_alike(thin, whole, torchs([whole.half_keys]), keys=[whole.half_keys])
+    assert relative_error(there.read_keys(), whole.half_keys) < 1e-5
+    assert relative_error(all_rows(there), all_rows(here)) < 1e-5
+    assert torch.equal(thin.scoring_keys(), there.read_keys())
+
+
+def train_alike(thin: MemoryLayer, whole: MemoryLayer, key_step: Any, *, keys: list[Tensor]) -> None:
+    """Steps of a layer that has keys and of one whose table has them, on the same inputs."""
+    steps = [key_step]
     for layer in (thin, whole):
-        dense = [part for kind, part in layer.named_parameters() if kind not in ("half_keys", "pool_keys", "values")]
+        dense = [part for kind, part in layer.named_parameters() if kind not in ("pool_keys", "values")]
+        dense = [part for part in dense if not any(part is each for each in keys)]
         steps += [PoolOptimizer(layer), torch.optim.SGD(dense, lr=0.1)]
-    steps.append(torchs([whole.half_keys]))
     for _ in range(STEPS):
         x = torch.randn(BAGS, 10)
         inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
@@ -131,9 +146,66 @@ def test_a_layer_without_keys_trains_what_one_with_keys_does(
         for step in steps:
             step.step()
             step.zero_grad()
-    assert relative_error(there.read_keys(), whole.half_keys) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "shards"), [("sgd", 3), ("adagrad", 1), ("adamw", 2)])
+def test_a_layer_without_keys_in_groups_trains_what_one_with_them_does(pools: Pools, name: str, shards: int) -> None:
+    torch.manual_seed(4)
+    optimizer, torchs = OPTIMIZERS[name]
+    config: dict[str, Any] = {"shards": shards, "num_slots": 157, "value_dim": 16, "optimizer": Adagrad(lr=0.1)}
+    there = pools.table(keys=mempool.HierarchicalKeys(key_dim=8, groups=20, probes=4, optimizer=optimizer), **config)
+    here = pools.table(**config)
+    thin = MemoryLayer(10, table=there, keys="pool", heads=3, topk=TOPK)
+    of_model: dict[str, Any] = {"keys": "hierarchical", "groups": 20, "probes": 4, "key_dim": 8}
+    whole = MemoryLayer(10, table=here, heads=3, topk=TOPK, **of_model)
+    assert there.read_keys().shape == (20 + 157, 8)
+    for layer_keys, own in zip(whole.search.parameters(), there.read_keys().split([20, 157]), strict=True):
+        layer_keys.data.copy_(own)
+    whole.load_state_dict(thin.state_dict(), strict=False)
+    x = torch.randn(BAGS, 10)
+    found, expected = thin(x, return_lookup=True)[1], whole(x, return_lookup=True)[1]
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+    assert thin.recall(x) == whole.recall(x) < 1.0
+    assert thin.balance_loss(found) == whole.balance_loss(expected)
+    keys = list(whole.search.parameters())
+    train_alike(thin, whole, torchs(keys), keys=keys)
+    assert relative_error(there.read_keys(), torch.cat(keys)) < 1e-5
     assert relative_error(all_rows(there), all_rows(here)) < 1e-5
-    assert torch.equal(thin.scoring_keys(), there.read_keys())
+    assert relative_error(thin.scoring_keys(), whole.scoring_keys()) < 1e-5
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_slots_in_groups_are_those_of_keys_in_the_model_to_the_bit(pools: Pools, shards: int) -> None:
+    """Also where rounding makes sums equal that are not, and where a group lies on two shards."""
+    for num_slots, groups, probes, topk in ((200, 9, 2, 1), (200, 9, 3, 40), (65, 5, 5, 65), (37, 37, 6, 6)):
+        keys = mempool.HierarchicalKeys(key_dim=6, groups=groups, probes=probes, optimizer=SGD(1.0))
+        table = pools.table(shards=shards, num_slots=num_slots, value_dim=4, keys=keys)
+        model = HierarchicalKeys(num_slots, 6, groups=groups, probes=probes, topk=topk, qk_norm=False, made={})
+        for seed, make in enumerate((integers, randn, rounded)):
+            of_groups, of_slots = make(groups, 6, seed=seed), integers(num_slots, 6, seed=seed + 9)
+            if make is not integers:
+                of_slots = of_slots + 0.01 * randn(num_slots, 6, seed=seed)
+            table.write_keys(torch.cat((of_groups, of_slots)))
+            assert torch.equal(table.read_keys(), torch.cat((of_groups, of_slots)))
+            model.group_keys.data, model.slot_keys.data = of_groups, of_slots
+            queries = integers(25, 3, 6, seed=2)
+            scores, ids = model(queries, topk)
+            found = table.score(queries, topk)
+            assert torch.equal(found.ids, ids)
+            assert torch.equal(found.scores, scores)
+            with torch.no_grad():
+                assert torch.equal(table.lookup(queries, topk).ids, ids)
+            assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(*shape: int, seed: int) -> Tensor:
+    """Of numbers beside which others are lost."""
+    return randn(*shape, seed=seed) * 2.0**24
 
 
 @pytest.mark.parametrize("topk", [1, 32, 17**2])
@@ -202,6 +274,25 @@ def test_a_layer_has_the_parts_of_the_keys_in_the_pool(pools: Pools) -> None:
     assert MemoryLayer(5, table=table, keys="pool", topk=2, ways=3).ways == 3
     with pytest.raises(errors.InvalidRequest, match=r"ways = 2, and the keys of table '.*' have ways = 3: they are"):
         MemoryLayer(5, table=table, keys="pool", topk=2, ways=2)
+
+
+def test_the_gradient_of_keys_in_groups_is_that_of_float64(pools: Pools) -> None:
+    keys = mempool.HierarchicalKeys(key_dim=6, groups=6, probes=2, optimizer=SGD(1.0))
+    table = pools.table(num_slots=33, value_dim=4, keys=keys, shards=3)
+    queries = torch.randn(9, 2, 6, requires_grad=True)
+    ids, scores = table.score(queries, 5)
+    direction = torch.randn(9, 2, 5)
+    scores.backward(direction)
+    q64, k64 = leaf(queries), leaf(table.read_keys())
+    of_groups, of_slots = k64.split([6, 33])
+    every = q64 @ of_slots.T + (q64 @ of_groups.T)[..., torch.arange(33) // 6]
+    every.gather(-1, ids).backward(direction.double())
+    assert relative_error(queries.grad, q64.grad) < 1e-6
+    before = table.read_keys()
+    assert table.commit() == 1
+    assert relative_error(before - table.read_keys(), k64.grad) < 1e-5
+    untouched = k64.grad.abs().sum(dim=1) == 0
+    assert torch.equal(before[untouched], table.read_keys()[untouched])
 
 
 @pytest.mark.parametrize("ways", [2, 3])

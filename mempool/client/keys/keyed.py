@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """Slots that queries chose. Tables with flat keys have no dimension H: both are [B, K]. Of hierarchical keys H is what
-    the queries have.
+    """Slots that queries chose. Tables with flat keys have no dimension H: both are [B, K]. Of hierarchical keys H
+    is what the queries have.
 
     Attributes:
         ids: [B, H, K] int64, slot ids by (score descending, id ascending) per head.
-        scores: [B, H, K] float32, dot products of query and key; of hierarchical keys, of query and the slot's key, and of
-            query and its group's, added.
+        scores: [B, H, K] float32, dot products of query and key; of hierarchical keys, of query and slot's key, and
+            of query and group's, added.
     """
 
     ids: Tensor
@@ -92,8 +92,8 @@ class Keyed:
         are of the newest keys: every commit that was acknowledged before is in them. A graph break under torch.compile.
 
         Args:
-            queries: [B, H, D] for product keys, for hierarchical keys of any H, [B, D] for flat keys; floating, finite, on
-                any device.
+            queries: [B, H, D] for product keys, for hierarchical keys of any H, [B, D] for flat keys; floating, finite,
+                on any device.
             topk: Slots per head, at most num_slots; with hierarchical keys at most the slots of ``probes`` groups.
 
         Returns:
@@ -177,8 +177,8 @@ class Keyed:
         """Keys kept in the pool, float32 on the CPU.
 
         Args:
-            ids: [M] int64: slots for flat keys, heads for product keys; for hierarchical keys group g is g, and slot i is
-                i + ``schema.keys.groups``. None means all.
+            ids: [M] int64: slots for flat keys, heads for product keys; for hierarchical keys group g is g, and slot i
+                is i + ``schema.keys.groups``. None means all.
 
         Returns:
             Flat and hierarchical keys: [M, D]. Product keys: [M, ways, n, D / ways].

@@ -136,8 +136,8 @@ class KeyLayout:
         return ids_M if self.grouping is None else self.grouping.row_of(ids_M)
 
     def rows_of(self, ids_M: Tensor) -> Tensor:
-        """All rows of heads [M], in order; of slots [M] with flat keys; of groups and, from the number of those on, slots
-        [M] with hierarchical keys."""
+        """All rows of heads [M], in order; of slots [M] with flat keys; with hierarchical keys of groups [M], and from
+        the number of those on of slots."""
         if self.grouping is not None:
             groups = self.grouping.groups
             slots = ids_M - groups

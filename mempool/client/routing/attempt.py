@@ -244,7 +244,7 @@ class Attempt:
         """Top-k of the table's keys by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K] int64.
 
         Args:
-            queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys; [B, sections, D] where values are keys.
+            queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys, [B, sections, D] where values are.
             groups, group_scores: As of ``ScoreRequest``.
         """
         scores, ids, stamps = await score(

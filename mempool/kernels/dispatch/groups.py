@@ -33,13 +33,13 @@ def grouped_topk(
     """The k best slots in the groups of each query, by (sum descending, slot ascending), the sum being the float32 sum
     of a slot's score and its group's.
 
-    Slots that are not here are left out. So the best of several parts of the keys, merged in that order, are the best of
-    all, with the same bits.
+    Slots that are not here are left out. So the best of several parts of the keys, merged in that order, are the best
+    of all, with the same bits.
 
     Args:
         queries: [M, D] float32.
         keys: [R, D] float32 or bfloat16.
-        groups: [M, G] int64, ascending for each query; group g has slots ``g * group_size`` to ``(g + 1) * group_size``.
+        groups: [M, G] int64, ascending for each query; group g has the ``group_size`` slots from ``g * group_size`` on.
         group_scores: [M, G] float32.
         k: Winners of a query, at least 1.
         num_slots: The last group may have fewer.
@@ -56,7 +56,7 @@ def grouped_topk(
     check_matrix("group_scores", group_scores, (num_queries, num_groups), torch.float32, keys.rows.device)
     if min(k, group_size, num_slots, num_groups) < 1:
         raise ValueError(
-            f"k, group_size, num_slots and groups of a query must be at least 1, got {k}, {group_size}, {num_slots} and "
+            f"k, group_size, num_slots and groups of a query must be at least 1, got {k}, {group_size}, {num_slots}, "
             f"{num_groups}"
         )
     parts = _parts(keys, groups, num_slots, group_size, rows_before)
@@ -69,7 +69,7 @@ class _Part(NamedTuple):
 
     row: int
     slot: int
-    count: int
+    length: int
 
 
 class _Search:
@@ -131,13 +131,13 @@ class _Search:
         for group, count in zip(distinct.tolist(), counts.tolist(), strict=True):
             part = slice(first, first + count)
             for number, own in enumerate(self.parts[group]):
-                taken = min(room, own.count)
-                rows = self.keys.rows[own.row : own.row + own.count]
-                paged = Paged(rows, self.page, max(1, own.count - 1).bit_length())
-                best, places = flat_topk(own_queries[part], paged, taken, own.count, deterministic=self.deterministic)
+                taken = min(room, own.length)
+                rows = self.keys.rows[own.row : own.row + own.length]
+                paged = Paged(rows, self.page, max(1, own.length - 1).bit_length())
+                best, places = flat_topk(own_queries[part], paged, taken, own.length, deterministic=self.deterministic)
                 scores[part, number, :taken] = best
                 slots[part, number, :taken] = torch.where(places < 0, -1, places + own.slot)
-                is_cut[part, number] = own.count > room
+                is_cut[part, number] = own.length > room
             first += count
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)

@@ -61,8 +61,9 @@ def grouping_of(keys: KeySpec | None, num_slots: int) -> Grouping | None:
 def key_table(schema: TableSchema) -> TableSchema | None:
     """The schema of the table of a table's keys, ``table_id`` 0; None where it trains none.
 
-    Flat keys: the row of slot i is its key. Hierarchical keys: rows as ``Grouping`` has them. Product keys: section ``ways * head + part`` has the n half-keys of that
-    part, in order. Sections begin with a page, so that a shard scores each by its own part of the page table.
+    Flat keys: the row of slot i is its key. Hierarchical keys: rows as ``Grouping`` has them. Product keys: section
+    ``ways * head + part`` has the n half-keys of that part, in order. Sections begin with a page, so that a shard
+    scores each by its own part of the page table.
     """
     keys = schema.keys
     if not isinstance(keys, TrainedKeySpec):
