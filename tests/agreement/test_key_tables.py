@@ -330,6 +330,43 @@ def test_values_and_keys_are_of_one_moment_where_commits_come_while_they_are_pin
         assert not pool.status().shards[0].version_bytes or how == "snapshot"
 
 
+class CommitsWithin:
+    """Has a commit come between the two calls of so many looks at keys in groups."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, commit: Callable[[], None], *, times: int) -> None:
+        self.left, self.commit, self.looks = times, commit, 0
+        self.score = Attempt.score
+        patch.setattr(Attempt, "score", lambda attempt, queries, **asked: self.scored(attempt, queries, asked))
+
+    async def scored(self, attempt: Attempt, queries: torch.Tensor, asked: dict[str, Any]) -> Any:
+        if asked.get("groups") is not None and self.left:
+            self.left -= 1
+            await asyncio.to_thread(self.commit)
+        self.looks += asked.get("groups") is None
+        return await self.score(attempt, queries, **asked)
+
+
+def test_groups_and_their_slots_are_scored_at_one_version(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, "hierarchical", keys=mempool.HierarchicalKeys(key_dim=8, probes=3, optimizer=SGD(lr=1.0)))
+        every = torch.arange(table.keys.num_slots)[None]
+
+        def commit() -> None:
+            """All keys become others."""
+            (table.keys.gather(every, torch.randn(every.shape)) * torch.randn(8)).sum().backward()
+            assert table.commit() == 1
+
+        queries = torch.randn(5, 2, 8)
+        for times, looks in ((2, 3), (99, 8)):
+            with monkeypatch.context() as patch:
+                between = CommitsWithin(patch, commit, times=times)
+                found = table.score(queries, 4)
+                assert between.looks == looks
+            again = table.score(queries, 4)
+            # Where a commit meets every look, the last one's answer has groups of one version and slots of the next.
+            assert torch.equal(found.scores, again.scores) == (times < looks)
+
+
 def test_tables_that_never_stand_still_are_not_pinned_at_one_moment(
     pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,43 @@ def test_the_gradient_of_keys_in_groups_is_that_of_float64(pools: Pools) -> None
     assert torch.equal(before[untouched], table.read_keys()[untouched])
 
 
+def test_what_keys_in_groups_cannot_do_is_refused(pools: Pools) -> None:
+    keys = mempool.HierarchicalKeys(key_dim=6, groups=6, probes=2, optimizer=SGD(1.0))
+    table = pools.table(num_slots=33, value_dim=4, keys=keys)
+    assert MemoryLayer(5, table=table, keys="pool", topk=9).heads == 4
+    for options, message in (
+        ({"topk": 10}, r"topk = 10, and the 2 groups that a query picks \(probes\) may have no more than 9 slots"),
+        ({"key_dim": 7}, "key_dim = 7, and the keys of table .* have key_dim = 6"),
+        ({"groups": 6}, "groups is of keys in the model"),
+        ({"probes": 2}, "probes is of keys in the model"),
+        ({"ways": 2}, "ways = 2, and the keys of table .* have ways = 1"),
+        ({"heads": 0}, "heads must be at least 1"),
+    ):
+        with pytest.raises(errors.InvalidRequest, match=message):
+            MemoryLayer(5, table=table, keys="pool", **{"topk": 4} | options)
+    for ask in (table.score, table.lookup, table.lookup_async):
+        with pytest.raises(errors.InvalidRequest, match=r"may have no more than 9 slots"):
+            ask(torch.randn(2, 3, 6), 10)
+        for shape in ((2, 6), (2, 0, 6), (2, 3, 5), (1, 2, 3, 6)):
+            with pytest.raises(errors.InvalidRequest, match=r"its keys ask for \[B, heads, 6\]"):
+                ask(torch.randn(shape), 3)
+    with pytest.raises(errors.InvalidRequest, match=r"keys has shape \[33, 6\], must be \[39, 6\]"):
+        table.write_keys(torch.zeros(33, 6))
+    some = table.read_keys(torch.tensor([5, 6, 38]))  # the last group, the first slot, the last one
+    table.write_keys(some + 1.0, torch.tensor([5, 6, 38]))
+    assert torch.equal(table.read_keys()[[5, 6, 38]], some + 1.0)
+    before = table.read_keys()
+    table.keys.write([0], torch.full((1, 6), torch.nan))
+    with torch.no_grad():
+        assert not bool((table.score(torch.randn(20, 1, 6), 5).ids < 6).any())  # group 0 has none that can be found
+    table.keys.write([7, 14, 21, 28, 35], torch.full((5, 6), torch.nan))
+    with pytest.raises(errors.InvalidRequest, match="fewer than 2 keys that give a score"):
+        table.score(torch.randn(2, 1, 6), 3)
+    table.write_keys(before)
+    assert table.score(torch.randn(2, 1, 6), 3).ids.shape == (2, 1, 3)
+    assert table.score(torch.randn(0, 2, 6), 3).ids.shape == (0, 2, 3)
+
+
 @pytest.mark.parametrize("ways", [2, 3])
 def test_the_gradient_of_queries_is_that_of_float64(pools: Pools, ways: int) -> None:
     keys = mempool.ProductKeys(heads=2, key_dim=6 * ways, ways=ways, optimizer=SGD(1.0))

@@ -222,6 +222,19 @@ def test_some_slots_take_the_rows_that_they_are_told(pools: Pools, dtype: str) -
     assert bool((uses[drawn] > 0).all())
 
 
+def test_slots_in_groups_take_the_keys_of_others_and_groups_keep_theirs(pools: Pools) -> None:
+    keys = mempool.HierarchicalKeys(key_dim=6, groups=20, probes=3, optimizer=Adagrad(lr=0.1))
+    table = pools.table(shards=2, keys=keys, **TABLE)
+    table.lookup(torch.randn(9, 2, 6), 4).values.square().sum().backward()
+    table.commit()
+    values, before = all_rows(table), table.read_keys()
+    slots, from_ = torch.tensor([3, 77, 299]), torch.tensor([290, 0, 150])
+    table.reinit(slots, from_=from_, force=True)
+    values[slots], before[20 + slots] = values[from_], before[20 + from_]
+    assert torch.equal(all_rows(table), values)
+    assert torch.equal(table.read_keys(), before)
+
+
 def test_coverage_is_higher_once_dead_slots_have_begun_anew(pools: Pools) -> None:
     """Queries ask for the same few keys: those of the others are where nobody asks, until they begin anew."""
     torch.manual_seed(0)

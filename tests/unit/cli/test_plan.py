@@ -118,7 +118,7 @@ def test_an_optimizer_with_fields(command: Command) -> None:
         (["--optimizer", "sgd,momentum"], 2, "'momentum' is no FIELD=VALUE; write for example sgd,momentum=0.9"),
         (["--optimizer", "sgd,mass=1"], 1, "mass = 1.0 is not a known field"),
         (["--optimizer", "sgd,momentum=much"], 1, "momentum = 'much' is not a number"),
-        (["--keys", "tree"], 1, "TableConfig.keys.type = 'tree' must be one of 'product', 'flat'"),
+        (["--keys", "tree"], 1, "TableConfig.keys.type = 'tree' must be one of 'product', 'flat', 'hierarchical'"),
         (["--keys", "product", "--ways", 3], 1, "TableConfig.keys.key_dim = 128 is no multiple of 3"),
         (
             ["--keys", "product", "--ways", 3, "--key-dim", 96, "--slots", 4097],

@@ -55,7 +55,7 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
         (
             lambda: TableConfig(**SMALL, keys=3),
             "TableConfig.keys = 3 must be a mapping, as {type: product} with its fields beside it, or in Python one of "
-            "ProductKeys(...), FlatKeys(...)",
+            "ProductKeys(...), FlatKeys(...), HierarchicalKeys(...)",
         ),
         (
             lambda: TableConfig(**SMALL, optimizer="adam"),

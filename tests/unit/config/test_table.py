@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mempool.config import SGD, Adam, AdamW, FlatKeys, ProductKeys, TableConfig, resolve
+from mempool.config import SGD, Adam, AdamW, FlatKeys, HierarchicalKeys, ProductKeys, TableConfig, resolve
 from mempool.errors import ConfigError
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
+from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema, TrainedKeySpec
 
 
 def test_resolve_takes_over_what_is_given() -> None:
@@ -86,6 +86,39 @@ def test_flat_keys_split_by_rows_unless_told_otherwise() -> None:
     assert resolve(TableConfig(**table)).keys == FlatKeySpec(key_dim=3)
     assert resolve(TableConfig(**table, layout="columns")).layout == "columns"
     assert resolve(TableConfig(**table | {"keys": None})).layout == "auto"
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "asked", "groups", "probes"),
+    [
+        (2**20, {}, 2889, 8),  # of 363 slots: about sqrt(8 * 2^20), and none without a slot
+        (100, {"probes": 2}, 13, 2),
+        (100, {"groups": 5}, 5, 5),
+        (3, {}, 3, 3),
+        (1, {}, 1, 1),
+    ],
+)
+def test_groups_follow_from_slots(num_slots: int, asked: dict[str, int], groups: int, probes: int) -> None:
+    keys = HierarchicalKeys(key_dim=3, optimizer=SGD(0.1), **asked)
+    schema = resolve(TableConfig(name="a", num_slots=num_slots, value_dim=4, keys=keys))
+    optimizer = OptimizerSpec(algorithm="sgd", lr=0.1)
+    assert schema.keys == TrainedKeySpec(key_dim=3, optimizer=optimizer, groups=groups, probes=probes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 51}, r"keys\.groups = 51 of equally many of 100 slots leaves groups empty: give 50"),
+        ({"groups": 4, "probes": 5}, r"keys\.probes = 5 is more than there are groups, 4"),
+        ({"groups": 0}, r"keys\.groups = 0 must be at least 1"),
+        ({"optimizer": None}, r"keys\.optimizer"),
+        ({"heads": 2}, r"keys\.heads"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    keys = {"type": "hierarchical", "key_dim": 3, "optimizer": {"type": "sgd", "lr": 0.1}} | changes
+    with pytest.raises(ConfigError, match=message):
+        TableConfig(name="a", num_slots=100, value_dim=4, keys=keys)
 
 
 @settings(deadline=None)

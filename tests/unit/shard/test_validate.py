@@ -17,6 +17,7 @@ from mempool.types import (
     Envelope,
     FlatKeySpec,
     GatherRequest,
+    OwnKeySpec,
     Placement,
     ProductKeySpec,
     ReadRowsRequest,
@@ -144,6 +145,58 @@ def test_answers_are_sized_before_the_work() -> None:
         size = f"{12 * 100_000 * answered * 40:,}"
         with pytest.raises(RequestTooLarge, match=f"topk = 40 of 100,000 queries .* answered by {size} bytes"):
             validate.check_score(table, score, reply_bytes=10**7)
+
+
+GROUPED = _table(make_schema(num_slots=49, keys=OwnKeySpec(sections=1, rows=49, groups=7)))
+SCORES = torch.zeros(2, 3)
+
+
+def test_groups_that_are_picked_are_those_that_there_are() -> None:
+    """Of 42 slots in seven groups: their rows are read where they are said to be."""
+    request = ScoreRequest(envelope=ENVELOPE, queries=torch.zeros(2, 1, 10), topk=9)
+    assert validate.check_picked(GROUPED, request) is None
+    with pytest.raises(InvalidRequest, match="topk = 9 must be 1 to 7, the number of groups"):
+        validate.check_score(GROUPED, request, reply_bytes=None)
+    groups = torch.tensor([[0, 3, 6], [1, 2, 3]])
+    named = replace(request, topk=42, groups=groups, group_scores=SCORES)
+    validate.check_score(GROUPED, named, reply_bytes=None)
+    picked = validate.check_picked(GROUPED, named)
+    assert picked is not None
+    assert torch.equal(picked.groups, groups)
+    with pytest.raises(InvalidRequest, match="topk = 43 must be 1 to 42, the number of slots in groups"):
+        validate.check_score(GROUPED, replace(named, topk=43), reply_bytes=None)
+    flat = _table(make_schema(keys=FlatKeySpec(key_dim=10)))
+    with pytest.raises(InvalidRequest, match="has no keys in groups, and groups were given"):
+        validate.check_picked(flat, named)
+
+
+@pytest.mark.parametrize(
+    ("groups", "scores", "match"),
+    [
+        (None, SCORES, "give both, or neither"),
+        ([[0, 1, 2], [0, 1, 2]], None, "give both, or neither"),
+        ([[0, 1, 7], [0, 1, 2]], SCORES, "must ascend, from 0 to 6, each named once"),
+        ([[-1, 1, 2], [0, 1, 2]], SCORES, "must ascend, from 0 to 6"),
+        ([[LEAST, 1, MOST], [0, 1, 2]], SCORES, "must ascend, from 0 to 6"),
+        ([[0, 1, 2], [0, 2, 1]], SCORES, "must ascend, from 0 to 6"),
+        ([[0, 1, 2], [0, 2, 2]], SCORES, "must ascend, from 0 to 6"),
+        ([[0, 1, 2]], SCORES[:1], r"must be \[2, G\] int64 and float32, G from 1 to the 7 groups"),
+        ([[], []], SCORES[:, :0], r"must be \[2, G\] int64"),
+        ([[0, 1], [0, 1]], SCORES, r"must be \[2, G\] int64"),
+        ([list(range(8))] * 2, torch.zeros(2, 8), r"must be \[2, G\] int64"),
+        ([[0, 1, 2], [0, 1, 2]], SCORES.double(), r"must be \[2, G\] int64 and float32"),
+        ([[0, 1, 2], [0, 1, 2]], SCORES * torch.nan, "group_scores must be finite"),
+        ([[0, 1, 2], [0, 1, 2]], SCORES - torch.inf, "group_scores must be finite"),
+    ],
+)
+def test_groups_that_are_not_there_are_refused(
+    groups: list[list[int]] | None, scores: Tensor | None, match: str
+) -> None:
+    named = None if groups is None else torch.tensor(groups, dtype=torch.int64)
+    queries = torch.zeros(2, 1, 10)
+    request = ScoreRequest(envelope=ENVELOPE, queries=queries, topk=9, groups=named, group_scores=scores)
+    with pytest.raises(InvalidRequest, match=match):
+        validate.check_picked(GROUPED, request)
 
 
 def test_a_context_of_other_bags_and_none() -> None:

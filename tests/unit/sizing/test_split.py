@@ -37,6 +37,7 @@ TABLES: list[dict[str, Any]] = [
     {"keys": mempool.FlatKeys(key_dim=5), "dtype": "int8"},
     {"keys": ProductKeys(heads=3, key_dim=6, optimizer=AdamW(0.1, dense=True)), "layout": "columns"},
     {"keys": mempool.FlatKeys(key_dim=5, optimizer=SGD(0.1)), "dtype": "bfloat16"},
+    {"keys": mempool.HierarchicalKeys(key_dim=5, optimizer=AdamW(0.1, dense=True)), "layout": "grid"},
 ]
 
 
@@ -66,23 +67,25 @@ def test_shards_have_what_it_says(shards: int) -> None:
     [
         ProductKeys(heads=2, key_dim=16, optimizer=SGD(0.1)),
         mempool.FlatKeys(key_dim=16, optimizer=SGD(0.1)),
+        # Of one slot each, so that all that a query finds have groups of their own.
+        mempool.HierarchicalKeys(key_dim=16, groups=64**2, probes=8, optimizer=SGD(0.1)),
     ],
 )
 def test_what_is_sent_of_keys_is_what_a_client_sends(keys: Any, shards: int) -> None:
-    bags, topk = 512, 8
+    bags, topk, heads = 512, 8, 1 if isinstance(keys, mempool.FlatKeys) else 2
     config = TableConfig(name="a", num_slots=64**2, value_dim=8, page_slots=16, keys=keys)
     with mempool.local(shards=shards, device="cpu") as pool:
         table = pool.create_table(config)
         counted = pool.router.traffic
         before = counted.bytes_sent, counted.bytes_received
-        queries = torch.randn(bags, *((2, 16) if isinstance(keys, ProductKeys) else (16,)))
+        queries = torch.randn(bags, *((16,) if isinstance(keys, mempool.FlatKeys) else (2, 16)))
         table.score(queries.requires_grad_(), topk).scores.square().sum().backward()
         table.commit()  # whose messages have no tensors: what was pushed has gone by then
         sent, received = counted.bytes_sent - before[0], counted.bytes_received - before[1]
     found = split(resolve(config), shards)
-    said = keys_traffic(found, bags=bags, topk=topk)
+    said = keys_traffic(found, bags=bags, topk=topk, heads=heads)
     assert found.keys is not None
-    sent -= 4 * bags * topk * (4 if isinstance(keys, ProductKeys) else 1)  # ids are counted as int64, and sent as int32
+    sent -= 4 * bags * topk * heads**2  # ids are counted as int64, and sent as int32
     assert sent == pytest.approx(said.out, rel=0.05)
     assert received == pytest.approx(said.back, rel=0.05)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from mempool.config import FlatKeys, ProductKeys, TableConfig, resolve
+from mempool.config import FlatKeys, HierarchicalKeys, ProductKeys, TableConfig, resolve
 from mempool.controller import Controller
 from mempool.errors import ConfigError, InvalidRequest
 from mempool.optim import SGD
@@ -28,6 +28,7 @@ from mempool.types import (
 from mempool.types.keys import key_table
 from mempool.types.schema_checks import (
     FLAGS,
+    GROUP_RANGES,
     HYPER_PARAMETERS,
     KEY_RANGES,
     MAX_BLOCKS,
@@ -82,6 +83,40 @@ def test_the_table_of_keys_that_are_trained_is_right_too(root: int, ways: int) -
     ):
         with pytest.raises(InvalidRequest):
             check_schema(wrong)
+
+
+GROUPED = replace(PLAIN, keys=replace(TRAINED, groups=20, probes=4))  # of 5 slots
+
+
+def test_the_table_of_keys_in_groups_is_right_too() -> None:
+    check_schema(GROUPED)
+    made = key_table(GROUPED)
+    assert made is not None
+    check_schema(made)
+    assert (made.num_slots, made.keys) == (120, OwnKeySpec(sections=1, rows=120, groups=20))
+    for wrong in ({"groups": 61}, {"groups": 121}, {"groups": 19}, {"rows": 119}, {"sections": 2, "rows": 60}):
+        with pytest.raises(InvalidRequest, match="cuts no table of keys"):
+            check_schema(replace(made, keys=replace(made.keys, **wrong)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"groups": 51},
+            r"keys\.groups = 51 of equally many of 100 slots leaves groups empty: give 50 \(of 2\) or 100",
+        ),
+        ({"groups": 101}, r"keys\.groups = 101 of equally many of 100 slots leaves groups empty: give 100 \(of 1\)"),
+        ({"probes": 21}, r"keys\.probes = 21 is more than there are groups, 20: give at most that"),
+        ({"probes": 0}, r"keys\.probes = 0 must be at least 1"),
+        ({"groups": 0}, r"keys\.groups = 0 must be at least 1"),
+        ({"product": True}, r"keys\.groups = 20 is of hierarchical keys; leave it out"),
+        ({"heads": 2}, r"keys\.heads = 2 must be 1: keys that are no product keys have one head"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check_schema(replace(GROUPED, keys=replace(GROUPED.keys, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +210,7 @@ def test_every_number_has_its_rule() -> None:
     assert {field.name for field in fields(OptimizerSpec)} == {"algorithm", *HYPER_PARAMETERS, *FLAGS}
     assert {"num_slots", "value_dim", "block_dim", "page_slots", "seed", "init_std"} == set(RANGES)
     of_keys = {field.name for spec in (ProductKeySpec, FlatKeySpec, TrainedKeySpec) for field in fields(spec)}
-    assert of_keys - {"deterministic", "optimizer", "product"} == set(KEY_RANGES)
+    assert of_keys - {"deterministic", "optimizer", "product"} == set(KEY_RANGES) | set(GROUP_RANGES)
 
 
 def config_of(schema: TableSchema) -> TableConfig:
@@ -188,18 +223,18 @@ def config_of(schema: TableSchema) -> TableConfig:
     if "beta1" in given:
         given["betas"] = (given.pop("beta1"), given.pop("beta2"))
     given |= {name: getattr(optimizer, name) for name, of in FLAGS.items() if optimizer.algorithm in of}
-    keys: ProductKeys | FlatKeys | None = None
+    keys: ProductKeys | FlatKeys | HierarchicalKeys | None = None
     if isinstance(schema.keys, ProductKeySpec):
         keys = ProductKeys(heads=schema.keys.heads, key_dim=schema.keys.key_dim)
     elif isinstance(schema.keys, TrainedKeySpec):
-        optimizer = SGD(schema.keys.optimizer.lr)
-        keys = (
-            ProductKeys(
-                heads=schema.keys.heads, key_dim=schema.keys.key_dim, ways=schema.keys.ways, optimizer=optimizer
-            )
-            if schema.keys.product
-            else FlatKeys(key_dim=schema.keys.key_dim, optimizer=optimizer)
-        )
+        optimizer, key_dim = SGD(schema.keys.optimizer.lr), schema.keys.key_dim
+        if schema.keys.product:
+            keys = ProductKeys(heads=schema.keys.heads, key_dim=key_dim, ways=schema.keys.ways, optimizer=optimizer)
+        elif schema.keys.groups or schema.keys.probes:
+            groups, probes = schema.keys.groups, schema.keys.probes
+            keys = HierarchicalKeys(key_dim=key_dim, groups=groups, probes=probes, optimizer=optimizer)
+        else:
+            keys = FlatKeys(key_dim=key_dim, optimizer=optimizer)
     elif isinstance(schema.keys, FlatKeySpec):
         keys = FlatKeys(key_dim=schema.keys.key_dim)
     same = (
@@ -243,6 +278,8 @@ def test_the_wire_and_the_configuration_take_the_same(schema: TableSchema) -> No
         return
     if isinstance(schema.keys, TrainedKeySpec) and not schema.keys.product:
         paths -= {("keys", "heads"), ("keys", "ways")}
+    if isinstance(schema.keys, TrainedKeySpec) and schema.keys.product:
+        paths -= {("keys", "groups"), ("keys", "probes")}
     # A configuration has no stride, and an optimizer's class only what it takes.
     unsaid = {
         ("optimizer", name) for name, rule in HYPER_PARAMETERS.items() if schema.optimizer.algorithm not in rule.of

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -70,6 +71,9 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
     root = draw(st.integers(1, 10) if ways == 2 else st.integers(2, 3))
     product = isinstance(keys, types.ProductKeySpec) or getattr(keys, "product", False)
     num_slots = root**ways if product else draw(st.integers(1, 100))
+    if isinstance(keys, types.TrainedKeySpec) and not product and draw(st.booleans()):
+        groups = -(-num_slots // draw(st.integers(1, num_slots)))
+        keys = replace(keys, groups=groups, probes=draw(st.integers(1, groups)))
     value_dim = draw(st.integers(1, 100))
     block_dim = draw(st.integers(1, value_dim))
     given["dense"] = given.get("dense", False) and fine

@@ -234,7 +234,15 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.SCORE: (
         data_pb2.ScoreRequest,
-        build(types.ScoreRequest, envelope=ENVELOPE, queries=PER_HEAD, topk=U32, pin=TEXT),
+        build(
+            types.ScoreRequest,
+            envelope=ENVELOPE,
+            queries=PER_HEAD,
+            topk=U32,
+            pin=TEXT,
+            groups=st.none() | tensors(2, st.just(torch.int64)),
+            group_scores=st.none() | tensors(2),
+        ),
         data_pb2.ScoreReply,
         build(types.ScoreReply, **STAMPED, heads=U32S, scores=PER_HEAD, ids=tensors(3, st.just(torch.int64))),
     ),

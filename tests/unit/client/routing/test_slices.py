@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mempool
-from mempool import FlatKeys, ProductKeys, optim
+from mempool import FlatKeys, HierarchicalKeys, ProductKeys, optim
 from mempool.client.routing import slices as slices_module
 from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
@@ -214,9 +215,12 @@ def test_what_few_bags_of_each_shard_take_is_one_message(wait, monkeypatch: pyte
             shard.calls.clear()
 
 
-@pytest.mark.parametrize("keys", [FlatKeys(key_dim=3), ProductKeys(heads=2, key_dim=4)])
-def test_many_queries_go_in_several_messages(monkeypatch: pytest.MonkeyPatch, keys: FlatKeys | ProductKeys) -> None:
-    tail = (keys.key_dim,) if isinstance(keys, FlatKeys) else (keys.heads, keys.key_dim)
+@pytest.mark.parametrize(
+    "keys",
+    [FlatKeys(key_dim=3), ProductKeys(heads=2, key_dim=4), HierarchicalKeys(key_dim=3, optimizer=optim.SGD(lr=0.1))],
+)
+def test_many_queries_go_in_several_messages(monkeypatch: pytest.MonkeyPatch, keys: Any) -> None:
+    tail = (keys.key_dim,) if isinstance(keys, FlatKeys) else (2, keys.key_dim)
     queries = torch.randn(5, *tail, generator=torch.Generator().manual_seed(3))
     with mempool.local(shards=2, device="cpu") as pool:
         table = pool.create_table(
