@@ -56,7 +56,14 @@ class Traffic:
 
 
 def traffic_of(
-    held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype, sections: int = 1
+    held: Holding,
+    split: Split,
+    *,
+    bags: int,
+    pairs: int,
+    wire_dtype: ReplyDtype,
+    sections: int = 1,
+    runs: int | None = None,
 ) -> Traffic:
     """Between one trainer and one shard, of one look-up with its update; without that of the keys.
 
@@ -67,10 +74,11 @@ def traffic_of(
         pairs: Of all its bags together.
         wire_dtype: Of sums and their gradients.
         sections: As of ``bags_sent``.
+        runs: Of all pairs, so many runs are of ids side by side; None: as many as pairs.
     """
     id_bytes = 4 if split.schema.num_slots <= _NARROW_SLOTS else 8
     sent = math.ceil(held.share * pairs)
-    bags = math.ceil(bags_sent(held, bags=bags, pairs=pairs, sections=sections))
+    bags = math.ceil(bags_sent(held, bags=bags, pairs=pairs if runs is None else runs, sections=sections))
     values = bags * _sums_bytes(held.width, split.schema.block_dim, wire_dtype)
     # Where others have slots of the same columns, sums are added up, and come as float32.
     alone = held.area * split.schema.value_dim > held.width - 0.5 / split.schema.num_row_pages
@@ -148,7 +156,8 @@ def keys_traffic_of(held: Holding, keys: Split, *, bags: int, topk: int, heads: 
 def _grouped_traffic_of(held: Holding, keys: Split, *, queries: int, topk: int, probes: int) -> Traffic:
     """As ``keys_traffic_of``, of hierarchical keys: queries go out for groups, and again with those for their slots. A
     bag of the gradient names a slot's key for each slot, and a group's for each group that is theirs, at most all."""
-    sums = traffic_of(held, keys, bags=queries, pairs=queries * (topk + min(topk, probes)), wire_dtype="float32")
+    groups = queries * min(topk, probes)
+    sums = traffic_of(held, keys, bags=queries, pairs=queries * topk + groups, wire_dtype="float32", runs=groups)
     asked = 2 * keys.schema.value_dim * ELEMENT_BYTES["float32"] + probes * _SCORED_BYTES
     return Traffic(
         request=sums.request + queries * asked,

@@ -69,9 +69,9 @@ def warnings_of(
             yield f"{reached:,.0f} tokens/s at most, not {model.tokens_per_s:,.0f}: {time.limit} takes most of a step"
 
 
-def _held_bytes(held: Holding, bags: int, pairs: int, *, sections: int = 1) -> float:
-    """That a look-up and its update have a shard hold until the commit."""
-    named = bags_sent(held, bags=bags, pairs=pairs, sections=sections)
+def _held_bytes(held: Holding, bags: int, pairs: int, *, sections: int = 1, runs: int | None = None) -> float:
+    """That a look-up and its update have a shard hold until the commit. sections, runs: As of ``traffic_of``."""
+    named = bags_sent(held, bags=bags, pairs=pairs if runs is None else runs, sections=sections)
     return 4 * named * held.width + 12 * math.ceil(held.share * pairs)
 
 
@@ -82,6 +82,7 @@ def _held_of_keys(split: Split, model: Model) -> float:
     assert isinstance(keys.schema.keys, OwnKeySpec), "it is a table of keys"
     if split.probes:
         queries = model.tokens * model.heads
-        return _held_bytes(keys.busiest, queries, queries * (model.topk + min(model.topk, split.probes)))
+        groups = queries * min(model.topk, split.probes)
+        return _held_bytes(keys.busiest, queries, queries * model.topk + groups, runs=groups)
     queries = model.tokens * keys.schema.keys.sections
     return _held_bytes(keys.busiest, queries, queries * model.topk, sections=keys.schema.keys.sections)

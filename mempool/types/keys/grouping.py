@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PROBES = 8
 
-RowsT = TypeVar("RowsT", int, Tensor)
+RowsT = TypeVar("RowsT", int, "Tensor")
 
 
 @dataclass(frozen=True, slots=True)

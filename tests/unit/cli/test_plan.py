@@ -92,6 +92,9 @@ def test_keys_that_train_in_the_pool(command: Command) -> None:
     assert product["memory"]["total_bytes"] == without["memory"]["total_bytes"] + keys["total_bytes"]
     assert product["client"]["calls_a_step"] == without["client"]["calls_a_step"] + 3
     assert product["client"]["bytes_a_step"] > without["client"]["bytes_a_step"]
+    grouped = json.loads(command(*line, "--keys", "hierarchical").stdout)
+    assert grouped["keys"]["keys"] == 128**2 + 357  # groups of 46, of which sqrt(8 * slots) would be 362
+    assert grouped["client"]["calls_a_step"] == without["client"]["calls_a_step"] + 4
     flat = ("--keys", "flat", "--key-dim", 32, "--key-optimizer", "adagrad", "--heads", 1)
     said = command(*line[:-1], *flat).stdout.splitlines()
     assert said[1].endswith("of keys that train in the pool: 16,384 x 32 float32, adagrad; 4.0 MiB of them on a shard "
