@@ -66,6 +66,7 @@ def test_a_shard_that_keeps_nothing_loads_no_codecs() -> None:
 def test_public_names_are_these_and_can_be_had() -> None:
     assert sorted(mempool.__all__) == [
         "FlatKeys",
+        "HierarchicalKeys",
         "Lookup",
         "Pool",
         "ProductKeys",

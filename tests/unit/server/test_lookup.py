@@ -20,10 +20,16 @@ def lookup(pool: mempool.Pool, info: ShardInfo | None = None, **request: object)
     return run(LookupCoordinator(pool.router, info=info).lookup(asked), CALL_S)
 
 
-@pytest.mark.parametrize("optimizer", [None, mempool.optim.SGD(0.1)])
-def test_stamp_and_dtype_are_as_asked(optimizer: Any) -> None:
+@pytest.mark.parametrize(
+    "keys",
+    [
+        mempool.ProductKeys(heads=1, key_dim=4),
+        mempool.ProductKeys(heads=1, key_dim=4, optimizer=mempool.optim.SGD(0.1)),
+        mempool.HierarchicalKeys(key_dim=4, optimizer=mempool.optim.SGD(0.1)),
+    ],
+)
+def test_stamp_and_dtype_are_as_asked(keys: Any) -> None:
     with mempool.local(shards=2) as pool:
-        keys = mempool.ProductKeys(heads=1, key_dim=4, optimizer=optimizer)
         pool.create_table(mempool.TableConfig(name="keyed", num_slots=64, value_dim=8, keys=keys))
         queries = torch.randn(3, 4)
         plain = lookup(pool, table="keyed", queries=queries)
@@ -61,6 +67,8 @@ def test_what_does_not_fit_is_said() -> None:
         (mempool.FlatKeys(key_dim=4, optimizer=mempool.optim.SGD(0.1)), (4,), 30, 31),
         # From two shards, 2 x 12 bytes of each of four sections.
         (mempool.ProductKeys(heads=2, key_dim=4, optimizer=mempool.optim.SGD(0.1)), (2, 4), 15, 16),
+        # Of each of two queries four groups.
+        (mempool.HierarchicalKeys(key_dim=4, probes=4, optimizer=mempool.optim.SGD(0.1)), (2, 4), 15, 16),
     ],
 )
 def test_an_answer_that_no_message_holds_is_refused_before_any_work(

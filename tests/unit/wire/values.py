@@ -41,6 +41,7 @@ def tensors(draw: st.DrawFn, dims: int, dtypes: st.SearchStrategy[torch.dtype] =
     return tensor.transpose(0, 1) if dims > 1 and draw(st.booleans()) else tensor
 
 
+GROUPS = {"groups": st.none() | tensors(2, st.just(torch.int64)), "group_scores": st.none() | tensors(2)}
 INT64 = tensors(1, st.just(torch.int64))
 IDS = tensors(1, st.sampled_from([torch.int64, torch.uint32]))
 BAGS = tensors(2, st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]))
@@ -234,15 +235,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.SCORE: (
         data_pb2.ScoreRequest,
-        build(
-            types.ScoreRequest,
-            envelope=ENVELOPE,
-            queries=PER_HEAD,
-            topk=U32,
-            pin=TEXT,
-            groups=st.none() | tensors(2, st.just(torch.int64)),
-            group_scores=st.none() | tensors(2),
-        ),
+        build(types.ScoreRequest, envelope=ENVELOPE, queries=PER_HEAD, topk=U32, pin=TEXT, **GROUPS),
         data_pb2.ScoreReply,
         build(types.ScoreReply, **STAMPED, heads=U32S, scores=PER_HEAD, ids=tensors(3, st.just(torch.int64))),
     ),
