@@ -30,7 +30,7 @@ from mempool.wire.v1 import data_pb2, table_pb2
 from tests.hostile.mutate import mutated
 from tests.hostile.raw import METHODS, RawChannel, RawMethod
 from tests.hostile.target import Target, resident_bytes
-from tests.hostile.valid import NUM_SLOTS, PLACE, VICTIM, WITNESS, Requests, tensor, view_of
+from tests.hostile.valid import GROUPED, GROUPED_KEYS, NUM_SLOTS, PLACE, VICTIM, WITNESS, Requests, tensor, view_of
 
 BATCH = 1_000
 SLOWEST_S = 5.0
@@ -74,7 +74,8 @@ class Fuzz:
 
     async def open(self) -> None:
         """Make the tables, remember what the witness holds."""
-        await view_of(self._pool, VICTIM)
+        for name in (VICTIM, GROUPED):
+            await view_of(self._pool, name)
         self._rows = await self._witness()
         self._baseline = resident_bytes(self.target.pid)
 
@@ -92,7 +93,10 @@ class Fuzz:
         return found
 
     async def _batch(self, method: RawMethod, frames: int, found: Found) -> None:
-        view = await view_of(self._pool, VICTIM)
+        of_groups = method.label == "MemoryService.Score" and self._rng.random() < 0.7
+        if of_groups:  # dropped, it may be, by a frame
+            await view_of(self._pool, GROUPED)
+        view = await view_of(self._pool, GROUPED_KEYS if of_groups else VICTIM)
         shard = self._rng.choice(view.shards).shard
         requests = Requests(view, shard=shard, seed=self._rng.getrandbits(32))
         channel = self._channel(method, shard)

@@ -17,7 +17,19 @@ from google.protobuf.message import Message
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
 from tests.hostile.raw import METHODS, RawChannel
 from tests.hostile.target import Target
-from tests.hostile.valid import BLOCK_DIM, HEADS, KEY_DIM, NUM_SLOTS, VICTIM, Requests, schema, tensor, view_of
+from tests.hostile.valid import (
+    BLOCK_DIM,
+    GROUPED,
+    GROUPED_KEYS,
+    HEADS,
+    KEY_DIM,
+    NUM_SLOTS,
+    VICTIM,
+    Requests,
+    schema,
+    tensor,
+    view_of,
+)
 
 TOKEN = "growth"
 FACTORS = (1, 10, 100)
@@ -42,6 +54,17 @@ def _gather(requests: Requests, *, pairs: int = 8, bags: int = 1, release: int =
         ids=tensor(_zeros(pairs)),
         weights=tensor(np.ones(pairs, np.float32)),
         offsets=tensor(offsets),
+    )
+
+
+def _in_groups(requests: Requests, queries: int) -> Message:
+    groups = np.tile(np.arange(4, dtype=np.int64), (queries, 1))
+    return data_pb2.ScoreRequest(
+        envelope=requests.envelope(),
+        topk=4,
+        queries=tensor(_queries(queries)[:, :1]),
+        groups=tensor(groups),
+        group_scores=tensor(np.ones(groups.shape, np.float32)),
     )
 
 
@@ -119,6 +142,7 @@ FIELDS: list[tuple[str, str, int, Make]] = [
         2,
         lambda r, n: data_pb2.ScoreRequest(envelope=r.envelope(), topk=n, queries=tensor(_queries(64))),
     ),
+    ("MemoryService.Score", "groups", 100, lambda r, n: _in_groups(r, n)),
     (
         "MemoryService.Lookup",
         "queries",
@@ -204,6 +228,8 @@ async def _measure(target: Target) -> int:
     pool = RawChannel(target.address, key=TOKEN)
     view = await view_of(pool, VICTIM)
     requests = Requests(view, shard=0, seed=1)
+    await view_of(pool, GROUPED)
+    grouped = Requests(await view_of(pool, GROUPED_KEYS), shard=0, seed=1)
     shard = RawChannel(target.shards[0], key=TOKEN)
     controller = RawChannel(target.shards[0], key=TOKEN, controller_key=target.controller_key)
     channels = {"MemoryService": shard, "ShardService": controller, "PoolService": pool}
@@ -212,7 +238,7 @@ async def _measure(target: Target) -> int:
         channel = channels[label.split(".")[0]]
         took_s, ended = [], []
         for factor in FACTORS:
-            request = make(requests, size * factor)
+            request = make(grouped if field == "groups" else requests, size * factor)
             frame = request.SerializeToString()
             best_s = 1e9
             for _ in range(3):

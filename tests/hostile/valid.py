@@ -18,6 +18,8 @@ DTYPES = {
 }
 NUM_SLOTS, VALUE_DIM, BLOCK_DIM, HEADS, KEY_DIM = 256, 32, 16, 2, 8
 VICTIM, WITNESS = "victim", "witness"
+GROUPED, GROUPED_KEYS, GROUPS = "grouped", "grouped:keys", 16
+"""A table that trains keys in groups, and its keys'."""
 PLACE = "memory://fuzz"
 
 
@@ -46,6 +48,13 @@ def schema(name: str, **changes: Any) -> table_pb2.TableSchema:
         "usage": True,
     }
     return table_pb2.TableSchema(**(fields | changes))
+
+
+def grouped(name: str) -> table_pb2.TableSchema:
+    """The same with keys in groups, which it trains."""
+    sgd = table_pb2.OptimizerSpec(algorithm=table_pb2.ALGORITHM_SGD, lr=0.1)
+    keys = table_pb2.TrainedKeySpec(heads=1, key_dim=KEY_DIM, optimizer=sgd, groups=GROUPS, probes=4)
+    return schema(name, product_keys=None, trained_keys=keys)
 
 
 class Requests:
@@ -201,10 +210,21 @@ class Requests:
         )
 
     def _queries(self) -> tensor_pb2.Tensor:
-        return tensor(self._arrays.random((3, HEADS, KEY_DIM), np.float32))
+        heads = 1 if self.view.schema.name == GROUPED_KEYS else HEADS
+        return tensor(self._arrays.random((3, heads, KEY_DIM), np.float32))
 
     def _score(self) -> Message:
-        return data_pb2.ScoreRequest(envelope=self.envelope(), topk=4, queries=self._queries())
+        if self.view.schema.name != GROUPED_KEYS or self.random.random() < 0.3:
+            return data_pb2.ScoreRequest(envelope=self.envelope(), topk=4, queries=self._queries())
+        every = np.tile(np.arange(GROUPS, dtype=np.int64), (3, 1))
+        groups = np.sort(self._arrays.permuted(every, axis=1)[:, :4], axis=1)
+        return data_pb2.ScoreRequest(
+            envelope=self.envelope(),
+            topk=4,
+            queries=self._queries(),
+            groups=tensor(groups),
+            group_scores=tensor(self._arrays.random((3, 4), np.float32)),
+        )
 
     def _lookup(self) -> Message:
         return data_pb2.LookupRequest(table=VICTIM, topk=4, queries=self._queries())
@@ -283,6 +303,7 @@ async def view_of(pool: RawChannel, name: str) -> table_pb2.TableView:
         if view.schema.name == name:
             found: table_pb2.TableView = view
             return found
-    made = await pool.ask("PoolService.CreateTable", pool_pb2.CreateTableRequest(schema=schema(name)), timeout_s=120)
+    wanted = grouped(name) if name == GROUPED else schema(name)
+    made = await pool.ask("PoolService.CreateTable", pool_pb2.CreateTableRequest(schema=wanted), timeout_s=120)
     created: table_pb2.TableView = made.view
     return created
