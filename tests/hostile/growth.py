@@ -142,7 +142,7 @@ FIELDS: list[tuple[str, str, int, Make]] = [
         2,
         lambda r, n: data_pb2.ScoreRequest(envelope=r.envelope(), topk=n, queries=tensor(_queries(64))),
     ),
-    ("MemoryService.Score", "groups", 100, lambda r, n: _in_groups(r, n)),
+    ("MemoryService.Score", "groups", 100, _in_groups),
     (
         "MemoryService.Lookup",
         "queries",

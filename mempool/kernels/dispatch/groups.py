@@ -107,6 +107,8 @@ class _Search:
     def _some(self, queries: Tensor, groups: Tensor, added: Tensor, room: int) -> _Found:
         """The best of all groups, of each part ``room`` candidates."""
         columns = max(1, _CHUNK_CANDIDATES // (groups.shape[0] * self.most_parts * room))
+        if columns >= groups.shape[1]:
+            return self._candidates(queries, groups, added, room)
         found = _Found(added[:, :0], groups[:, :0], torch.full_like(added[:, 0], -torch.inf))
         for first in range(0, groups.shape[1], columns):
             part = slice(first, first + columns)
@@ -126,22 +128,29 @@ class _Search:
         shape = (by_group.numel(), self.most_parts, room)
         scores = torch.full(shape, torch.nan, dtype=torch.float32, device=queries.device)
         slots = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
-        is_cut = torch.zeros(shape[:2], dtype=torch.bool, device=queries.device)
+        named = [self.parts[group] for group in distinct.tolist()]
         first = 0
-        for group, count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        for parts, count in zip(named, counts.tolist(), strict=True):
             part = slice(first, first + count)
-            for number, own in enumerate(self.parts[group]):
+            for number, own in enumerate(parts):
                 taken = min(room, own.length)
                 rows = self.keys.rows[own.row : own.row + own.length]
                 paged = Paged(rows, self.page, max(1, own.length - 1).bit_length())
                 best, places = flat_topk(own_queries[part], paged, taken, own.length, deterministic=self.deterministic)
-                scores[part, number, :taken] = best
-                slots[part, number, :taken] = torch.where(places < 0, -1, places + own.slot)
-                is_cut[part, number] = own.length > room
+                scores[part, number, :taken], slots[part, number, :taken] = best, places
             first += count
+        first_slots, lengths = (
+            torch.tensor([[part[field] for part in parts] + [0] * (self.most_parts - len(parts)) for parts in named])
+            .to(queries.device)
+            .repeat_interleave(counts, dim=0)
+            for field in (1, 2)
+        )
+        is_missing, is_cut = slots < 0, lengths > room
+        slots = (slots + first_slots[:, :, None]).masked_fill_(is_missing, -1)
+        scores.masked_fill_(is_missing, torch.nan)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), dtype=torch.int64, device=order.device)
-        sums = scores[back].masked_fill_(slots[back] < 0, torch.nan) + added.view(-1, 1, 1)
+        sums = scores[back] + added.view(-1, 1, 1)
         last = sums[:, :, -1]
         highest = last.masked_fill(~is_cut[back] | last.isnan(), -torch.inf).view(num_queries, -1).amax(dim=1)
         # By their numbers, so that of equal sums the lowest comes first: groups ascend.

@@ -210,7 +210,8 @@ class FindsSlots(nn.Module):
             qk_norm=False,
             made={"device": "meta"},
         )
-        parts = self.table.read_keys().to(self.pool_keys.device).split([grouping.groups, grouping.num_slots])
+        there = self.table.read_keys().to(self.pool_keys.device)
+        parts = torch.split(there, [grouping.groups, grouping.num_slots])
         found.group_keys, found.slot_keys = (nn.Parameter(part, requires_grad=False) for part in parts)
         return found
 
