@@ -160,9 +160,14 @@ class Prefetched:
     def _found(self, bags: Bags, reply_dtype: str) -> _Fetch | None:
         if self._writers:
             return None
-        sample = _sample(bags)
+        sample: _Sample | None = None
         for fetch in self._fetches:
-            if fetch.sample == sample and fetch.reply_dtype == reply_dtype and _same(fetch.bags, bags):
+            if fetch.reply_dtype != reply_dtype:
+                continue
+            if fetch.bags.ids is bags.ids and fetch.bags.offsets is bags.offsets:
+                return fetch
+            sample = _sample(bags) if sample is None else sample
+            if fetch.sample == sample and _same(fetch.bags, bags):
                 return fetch
         return None
 
@@ -185,6 +190,4 @@ def _sample(bags: Bags) -> _Sample:
 
 
 def _same(first: Bags, second: Bags) -> bool:
-    if first.ids is second.ids and first.offsets is second.offsets:
-        return True
     return torch.equal(first.ids, second.ids) and torch.equal(first.offsets, second.offsets)

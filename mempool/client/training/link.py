@@ -5,6 +5,7 @@ Legend: B bags, L pairs of all bags together, V value dim.
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -183,15 +184,31 @@ class TableLink:
             raise
         return BegunGather(pending, remembering, lambda answer: self._looked(answer[1]))
 
-    def prefetch(self, bags: Bags, *, remember: bool) -> bool:
-        """Start a gather whose answer a later one of the same bags takes; False where there is no room for it."""
+    def _gather_here(self, bags: Bags, *, remember: bool) -> BegunGather:
+        """As ``begin_gather``, done by this thread where shards are of this process: two threads less take turns."""
+        answer = None
+        if self.session.shards_are_here:
+            answer = self.session.gather_at_once(bags, remember=remember, reply_dtype=self._wire_dtype)
+        if answer is None:
+            return self.begin_gather(bags, remember=remember)
+        done, remembering = Future[tuple[Tensor, LookupRecord]](), Remembering()
+        done.set_result(answer)
+        if answer[1].remembered_by:
+            remembering.remembered(self.release(answer[1]))
+        return BegunGather(done, remembering, lambda answer: self._looked(answer[1]))
+
+    def prefetch(self, bags: Bags, *, remember: bool, may_wait: bool = False) -> bool:
+        """Start a gather whose answer a later one of the same bags takes; False where there is no room for it.
+
+        may_wait: This thread has nothing better to do until the answer is there.
+        """
         return self.prefetched.start(
             bags,
             self._bytes_of(bags),
             version=self.session.known_version,
             commits=self.session.commits,
             reply_dtype=self._wire_dtype,
-            ask=lambda: self.begin_gather(bags, remember=remember),
+            ask=partial(self._gather_here if may_wait else self.begin_gather, bags, remember=remember),
         )
 
     def reserve_ahead(self, num_rows: int) -> int | None:

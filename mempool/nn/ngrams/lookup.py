@@ -71,12 +71,26 @@ class _Prefetched:
     tokens: [B, T] int64 on the CPU, 0 for padding.
     commits: Of this client's steps, when it was asked for.
     asked: What is asked for, or will be.
+    plain: Nothing but tokens was given: each row is one sequence.
     """
 
     tokens: Tensor
     places: Places
     commits: int
     asked: Ahead[_Asked]
+    plain: bool
+
+    def is_plainly(self, tokens: Tensor) -> bool:
+        """Whether it is what tokens ask for that nothing says more of; False also where that is not told at a glance.
+
+        Tokens that equal checked ones need no check, and no copy."""
+        if not self.plain or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+            return False
+        mine = self.tokens
+        if tokens.shape == mine.shape:
+            return torch.equal(mine, tokens)
+        same_rows = tokens.shape[-1:] == mine.shape[-1:] and tokens.numel() == mine.numel()
+        return same_rows and torch.equal(mine, tokens.reshape(mine.shape))
 
     def of(self, tokens: Tensor, places: Places) -> bool:
         """Whether it is what these ask for."""
@@ -210,8 +224,7 @@ class NgramLookup(nn.Module):
         if self._copied is not None:
             self._copied.before_call(self)
         refuse_transforms(self._link)
-        here, places = self._given(tokens, packing)
-        asked = self._taken(here, places) or self._asked(here, places)
+        asked, places = self._prefetched(tokens, packing)
         rows = pooled_gather(
             self._link,
             anchor=self.values,
@@ -224,11 +237,10 @@ class NgramLookup(nn.Module):
         )
         if asked.order is not None:
             rows = F.embedding(asked.order.to(tokens.device), rows)
-        rows = rows.reshape(-1, self.width)
         real = places.real
         if real is not None:
             where = torch.nonzero(real.reshape(-1)).reshape(-1).to(tokens.device)
-            rows = rows.new_zeros(tokens.numel(), self.width).index_copy(0, where, rows)
+            rows = rows.new_zeros(tokens.numel(), self.width).index_copy(0, where, rows.view(-1, self.width))
         positions = places.positions.view(tokens.shape).to(tokens.device)
         return NgramRows(
             rows.view(*tokens.shape, self.width),
@@ -250,9 +262,10 @@ class NgramLookup(nn.Module):
             InvalidRequest: As a call.
         """
         here, places = self._given(tokens, packing)
+        plain = _is_plain(packing)
         link = self.table.link
         commits = link.session.commits
-        self._ahead = [each for each in self._ahead if each.commits == commits][-_MAX_AHEAD:]
+        self._ahead[:] = [each for each in self._ahead if each.commits == commits][-_MAX_AHEAD:]
         remember = self.training and torch.is_grad_enabled() and self.table.requires_grad
         count = here.numel() if places.real is None else int(places.real.sum())
         reserved = link.reserve_ahead(count * self.ngrams.columns)
@@ -260,7 +273,7 @@ class NgramLookup(nn.Module):
             now = self._asked(here, places)
             started = not now.bags.num_pairs or link.prefetch(now.bags, remember=remember)
             if started:
-                self._ahead.append(_Prefetched(here, places, commits, Ahead.of(now)))
+                self._ahead.append(_Prefetched(here, places, commits, Ahead.of(now), plain))
             return started
 
         def ask() -> _Asked:
@@ -269,11 +282,11 @@ class NgramLookup(nn.Module):
             finally:
                 link.prefetched.release(reserved)
             if asked.bags.num_pairs:
-                link.prefetch(asked.bags, remember=remember)
+                link.prefetch(asked.bags, remember=remember, may_wait=True)
             return asked
 
         never = partial(link.prefetched.release, reserved)
-        self._ahead.append(_Prefetched(here, places, commits, Ahead(ask, never=never)))
+        self._ahead.append(_Prefetched(here, places, commits, Ahead(ask, never=never), plain))
         return True
 
     def _given(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Places]:
@@ -281,15 +294,21 @@ class NgramLookup(nn.Module):
         places = places_of(_checked_tokens(tokens), **packing)
         return self._checked(tokens, places), places
 
-    def _taken(self, tokens: Tensor, places: Places) -> _Asked | None:
-        """What was prefetched for the same, once."""
-        ahead = next((each for each in self._ahead if each.of(tokens, places)), None)
+    def _prefetched(self, tokens: Tensor, packing: Packing) -> tuple[_Asked, Places]:
+        """What was prefetched for the same, once; or is to be asked for now."""
+        _checked_tokens(tokens)
+        ahead = None
+        if _is_plain(packing):
+            ahead = next((each for each in self._ahead if each.is_plainly(tokens)), None)
         if ahead is None:
-            return None
+            here, places = self._given(tokens, packing)
+            ahead = next((each for each in self._ahead if each.of(here, places)), None)
+            if ahead is None:
+                return self._asked(here, places), places
         self._ahead.remove(ahead)
         if ahead.commits != self.table.link.session.commits:
             self._tell_late()
-        return ahead.asked.result()
+        return ahead.asked.result() or self._asked(ahead.tokens, ahead.places), ahead.places
 
     def _asked(self, tokens: Tensor, places: Places) -> _Asked:
         slots = self._hashed(tokens, places)
@@ -314,15 +333,17 @@ class NgramLookup(nn.Module):
 
     def _checked(self, tokens: Tensor, places: Places) -> Tensor:
         """[B, T] int64 on the CPU, 0 for padding; not the caller's."""
-        here = tokens.detach().to("cpu", torch.int64, copy=True).view(places.positions.shape)
+        here = tokens.to("cpu", torch.int64, copy=True)
+        if here.shape != places.positions.shape:
+            here = here.reshape(places.positions.shape)
         if places.real is not None:
             here.masked_fill_(~places.real, 0)
         low, high = torch.aminmax(here) if here.numel() else (0, 0)
         if int(low) < 0 or int(high) >= self.vocab_size:
             outside = (here < 0) | (here >= self.vocab_size)
-            at = torch.nonzero(outside.view(tokens.shape))[0].tolist()
+            at = torch.nonzero(outside.reshape(tokens.shape))[0].tolist()
             raise InvalidRequest(
-                f"tokens{at} = {int(here.view(tokens.shape)[tuple(at)])} is outside the vocabulary of"
+                f"tokens{at} = {int(here.reshape(tokens.shape)[tuple(at)])} is outside the vocabulary of"
                 f" {self.vocab_size} (0 to {self.vocab_size - 1}) of table {self.table.name!r}'s n-grams; padding is"
                 " said by mask"
             )
@@ -437,6 +458,11 @@ def _require_fitting(table: Table, ngrams: object) -> None:
             f"table {table.name!r} has {table.num_slots:_} slots, and these n-grams need exactly"
             f" {ngrams.num_slots:_} (the sum of their primes): make it with ngrams.table_config({table.name!r}, ...)"
         )
+
+
+def _is_plain(packing: Packing) -> bool:
+    """Whether nothing is said of where sequences are."""
+    return all(each is None for each in packing.values())
 
 
 def _checked_tokens(tokens: object) -> Tensor:

@@ -1,5 +1,6 @@
 """What a prefetch does elsewhere: by another thread, waited for only where it is under way, and in forked processes."""
 
+import gc
 import multiprocessing
 import threading
 import time
@@ -153,3 +154,55 @@ def test_a_forked_process_has_a_thread_of_its_own() -> None:
     assert receive.poll(30.0), "the child waits for its parent's thread"
     assert receive.recv() == 7
     child.join(30.0)
+
+
+def test_shards_of_this_process_are_asked_by_the_thread_itself(
+    memory: NgramMemory,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (hidden, tokens), link = batch(), memory.lookup.table.link
+    expected = result_of(memory, tokens, hidden)
+    memory.lookup.table.discard()
+    monkeypatch.setattr(link, "begin_gather", None)  # by the event loop
+    assert memory.prefetch(tokens)
+    begun(memory.lookup._ahead[0].asked)
+    monkeypatch.setattr(link.session, "gather_at_once", None)
+    found = result_of(memory, tokens, hidden)
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_was_asked_by_the_thread_and_is_never_taken_is_forgotten(
+    memory: NgramMemory,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (_, tokens), link = batch(), memory.lookup.table.link
+    released: list[int] = []
+    release = link.release
+    monkeypatch.setattr(link, "release", lambda record: lambda: released.append(record.lookup_id) or release(record)())
+    assert memory.prefetch(tokens)
+    begun(memory.lookup._ahead[0].asked)
+    assert memory.lookup._ahead[0].asked.result() is not None
+    assert released == []
+    link.prefetched.drop()
+    gc.collect()
+    assert len(released) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 3, 4), (24,)])
+def test_tokens_that_were_written_to_since_are_other_ones(
+    memory: NgramMemory,  # noqa: F811
+    shape: tuple[int, ...],
+) -> None:
+    tokens = torch.arange(24).view(shape) % 10
+    same = memory.lookup(tokens).values
+    assert memory.prefetch(tokens)
+    tokens += 1
+    changed = memory.lookup(tokens).values
+    assert changed.equal(memory.lookup(tokens.clone()).values)
+    assert not changed.equal(same)
+    tokens -= 1
+    (ahead,) = memory.lookup._ahead
+    assert ahead.is_plainly(tokens)
+    assert not ahead.is_plainly(tokens.view(-1, 4) if shape != (2, 3, 4) else tokens.view(2, 12))
+    assert memory.lookup(tokens).values.equal(same)
+    assert memory.lookup._ahead == []

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -65,6 +66,16 @@ def test_what_a_step_made_old_is_asked_for_again_and_told_once(memory: NgramMemo
         assert [str(each.message)[-21:] for each in caught] == (["Prefetch after step()"] if told else [])
         slots = memory.lookup.slots(tokens)
         assert torch.equal(rows.detach(), table.rows(slots.flatten()).view(*tokens.shape, -1))
+
+
+def test_tokens_may_lie_in_any_order(memory: NgramMemory) -> None:
+    tokens = (torch.arange(24) % 10).view(4, 2, 3).transpose(0, 2)
+    expected = memory.lookup(tokens.contiguous()).values
+    assert torch.equal(memory.lookup(tokens).values, expected)
+    assert memory.prefetch(tokens)
+    assert torch.equal(memory.lookup(tokens).values, expected)
+    with pytest.raises(InvalidRequest, match=re.escape("tokens[0, 0, 1] = 12 is outside")):
+        memory.lookup(torch.where(tokens == 6, 12, tokens))
 
 
 def test_layers_share_one_fetch(memory: NgramMemory) -> None:
