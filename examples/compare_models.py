@@ -182,7 +182,8 @@ def compare_language(
     task = LanguageTask(read_text(options.text), replace(sizes, dim=sizes.dim // 2, key_dim=sizes.key_dim // 2))
     source = "WordNet" if options.text is None else with_contents(options.text)
     words = sum(len(stream) for stream in task.tokens.values())
-    settings = settings_of(sizes=task.sizes, text=source, words=words, steps=options.steps)
+    batches = {"vocabulary": task.vocabulary, "context": task.context, "batch": task.batch}
+    settings = settings_of(sizes=task.sizes, text=source, words=words, steps=options.steps, **batches)
     study = Study(options.out / "language", settings, say=console.print)
     runs: dict[str, list[dict[str, Any]]] = {}
     rates: dict[str, Rates] = {}
@@ -229,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="your own text, a passage a line; else WordNet's glosses"
     )
-    parser.add_argument("--steps", type=_positive, default=2000, help="of the language model")
+    parser.add_argument("--steps", type=_positive, default=1000, help="of the language model")
     parser.add_argument("--address", metavar="HOST:PORT", help="a running pool; without it, one in this process")
     return parser
 
