@@ -9,7 +9,7 @@ Legend: B bags, L pairs of all bags together, V value dim.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,24 +73,23 @@ class Prefetched:
 
     def start(
         self,
-        bags: Bags,
-        num_bytes: int,
+        parts: Sequence[tuple[Bags, int]],
         *,
         version: int | None,
         commits: int,
         reply_dtype: str,
-        ask: Callable[[], PendingAnswer],
+        ask: Callable[[], Sequence[PendingAnswer]],
     ) -> bool:
-        """Start a gather, unless what is kept would become too much, or rows are being written.
+        """Start gathers, unless what is kept would become too much, or rows are being written.
 
         Args:
-            bags: Without weights.
-            num_bytes: Of them and their answer.
+            parts: Bags of each, without weights, and bytes of them and their answer.
             version: The newest of the table that is known.
             commits: Steps of this client's that were acknowledged: the version that the last one made may not be known.
             reply_dtype: In which values are answered.
-            ask: Starts it.
+            ask: Starts them.
         """
+        num_bytes = sum(each for _, each in parts)
         with self._lock:
             self._sweep(version)
             if self._writers or self.num_bytes + num_bytes > self._max_bytes:
@@ -98,7 +97,7 @@ class Prefetched:
             self._reserved += num_bytes
             writes = self._writes
         try:
-            pending = ask()
+            answers = ask()
         except BaseException:
             with self._lock:
                 self._reserved -= num_bytes
@@ -106,7 +105,10 @@ class Prefetched:
         with self._lock:
             self._reserved -= num_bytes
             if writes == self._writes:
-                self._fetches.append(_Fetch(bags, _sample(bags), num_bytes, reply_dtype, commits, pending))
+                self._fetches += [
+                    _Fetch(bags, _sample(bags), size, reply_dtype, commits, pending)
+                    for (bags, size), pending in zip(parts, answers, strict=True)
+                ]
         return True
 
     def take(

@@ -4,7 +4,7 @@ Legend: B bags, L pairs of all bags together, V value dim.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -19,8 +19,9 @@ from mempool.client.counts import as_count
 from mempool.client.experts.asked import Experts
 from mempool.client.gathers.hot_rows import HotRows
 from mempool.client.gathers.lease import Remembering
-from mempool.client.gathers.links import LINKS
+from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Markers
+from mempool.client.gathers.parts import merged, part_of
 from mempool.client.gathers.prefetched import Prefetched
 from mempool.client.gathers.window import Window
 from mempool.client.opening.waiting import Begin, Run
@@ -189,8 +190,9 @@ class TableLink:
         answer = None
         if self.session.shards_are_here:
             answer = self.session.gather_at_once(bags, remember=remember, reply_dtype=self._wire_dtype)
-        if answer is None:
-            return self.begin_gather(bags, remember=remember)
+        return self.begin_gather(bags, remember=remember) if answer is None else self._done(answer)
+
+    def _done(self, answer: tuple[Tensor, LookupRecord]) -> BegunGather:
         done, remembering = Future[tuple[Tensor, LookupRecord]](), Remembering()
         done.set_result(answer)
         if answer[1].remembered_by:
@@ -202,13 +204,27 @@ class TableLink:
 
         may_wait: This thread has nothing better to do until the answer is there.
         """
+        begin = self._gather_here if may_wait else self.begin_gather
+        return self._start_ahead([bags], lambda: [begin(bags, remember=remember)])
+
+    def prefetch_each(self, parts: Sequence[Bags]) -> bool:
+        """The same of several, of bags of one pair each, whose rows are asked for in one gather, each once. Waits for
+        its answer, and cuts it up: what is kept is what others can take."""
+
+        def ask() -> list[BegunGather]:
+            whole, places = merged(parts)
+            values, record = self._ask(whole, remember=False)
+            return [self._done(part_of(values, record, part, own)) for part, own in zip(parts, places, strict=True)]
+
+        return self._start_ahead(parts, ask)
+
+    def _start_ahead(self, parts: Sequence[Bags], ask: Callable[[], Sequence[PendingAnswer]]) -> bool:
         return self.prefetched.start(
-            bags,
-            self._bytes_of(bags),
+            [(part, self._bytes_of(part)) for part in parts],
             version=self.session.known_version,
             commits=self.session.commits,
             reply_dtype=self._wire_dtype,
-            ask=partial(self._gather_here if may_wait else self.begin_gather, bags, remember=remember),
+            ask=ask,
         )
 
     def reserve_ahead(self, num_rows: int) -> int | None:

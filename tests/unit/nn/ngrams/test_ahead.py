@@ -33,7 +33,7 @@ def test_tokens_are_hashed_by_another_thread(memory: NgramMemory, monkeypatch: p
 
     monkeypatch.setattr(memory.lookup, "_hashed", watched)
     assert memory.prefetch(tokens)
-    begun(memory.lookup._ahead[0].asked)
+    begun(memory.lookup._early.started[0].asked)
     before = memory.lookup(tokens).values
     assert threads
     assert threading.current_thread() not in threads
@@ -76,7 +76,7 @@ def test_a_mask_may_be_refilled_after_a_prefetch(memory: NgramMemory) -> None:  
     for mask in masks:
         assert memory.prefetch(tokens, mask=buffer.copy_(mask))
     ends.set()
-    for ahead in memory.lookup._ahead:
+    for ahead in memory.lookup._early.started:
         begun(ahead.asked)
     found = [memory.lookup(tokens, mask=buffer.copy_(mask)).values for mask in masks]
     assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
@@ -165,7 +165,7 @@ def test_shards_of_this_process_are_asked_by_the_thread_itself(
     memory.lookup.table.discard()
     monkeypatch.setattr(link, "begin_gather", None)  # by the event loop
     assert memory.prefetch(tokens)
-    begun(memory.lookup._ahead[0].asked)
+    memory.lookup._early.started[0].asked._done.result(30.0)
     monkeypatch.setattr(link.session, "gather_at_once", None)
     found = result_of(memory, tokens, hidden)
     assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
@@ -180,12 +180,30 @@ def test_what_was_asked_by_the_thread_and_is_never_taken_is_forgotten(
     release = link.release
     monkeypatch.setattr(link, "release", lambda record: lambda: released.append(record.lookup_id) or release(record)())
     assert memory.prefetch(tokens)
-    begun(memory.lookup._ahead[0].asked)
-    assert memory.lookup._ahead[0].asked.result() is not None
+    begun(memory.lookup._early.started[0].asked)
+    assert memory.lookup._early.started[0].asked.result() is not None
     assert released == []
     link.prefetched.drop()
     gc.collect()
     assert len(released) == 1
+
+
+def test_what_is_done_for_several_is_not_given_up_for_one(memory: NgramMemory) -> None:  # noqa: F811
+    batches = [batch(seed)[1] for seed in range(2)]
+    expected = [memory.lookup(tokens).values for tokens in batches]
+    ends = threading.Event()
+    holds_up = Ahead(lambda: ends.wait(30.0))
+    begun(holds_up)
+    try:
+        assert memory.prefetch_all(batches)
+        asked = memory.lookup._early.started[1].asked
+        before = memory.lookup.table.counters.lookups
+        assert memory.lookup(batches[0]).values.equal(expected[0])  # nobody has begun: it asks itself
+    finally:
+        ends.set()
+    asked._done.result(30.0)
+    assert memory.lookup(batches[1]).values.equal(expected[1])
+    assert memory.lookup.table.counters.lookups == before + 2
 
 
 @pytest.mark.parametrize("shape", [(2, 12), (2, 3, 4), (24,)])
@@ -201,8 +219,8 @@ def test_tokens_that_were_written_to_since_are_other_ones(
     assert changed.equal(memory.lookup(tokens.clone()).values)
     assert not changed.equal(same)
     tokens -= 1
-    (ahead,) = memory.lookup._ahead
-    assert ahead.is_plainly(tokens)
-    assert not ahead.is_plainly(tokens.view(-1, 4) if shape != (2, 3, 4) else tokens.view(2, 12))
+    (ahead,) = memory.lookup._early.started
+    assert ahead.batch.is_plainly(tokens)
+    assert not ahead.batch.is_plainly(tokens.view(-1, 4) if shape != (2, 3, 4) else tokens.view(2, 12))
     assert memory.lookup(tokens).values.equal(same)
-    assert memory.lookup._ahead == []
+    assert memory.lookup._early.started == []
