@@ -65,12 +65,9 @@ def test_a_steps_batches_are_one_fetch_and_each_trains_as_it_would(memory: Ngram
         memory.zero_grad()
         values = []
         if ahead:
-            assert memory.prefetch_all(
-                [
-                    {"tokens": tokens, **more} if packed else tokens
-                    for (_, tokens), more in zip(batches, packing, strict=True)
-                ]
-            )
+            given = [{"tokens": tokens, **more} for (_, tokens), more in zip(batches, packing, strict=True)]
+            assert memory.prefetch_all(given if packed else [tokens for _, tokens in batches])
+            memory.lookup._early.started[0].asked._done.result(30.0)
         for (hidden, tokens), more in zip(batches, packing, strict=True):
             values.append(memory(hidden, tokens, **more))
             values[-1].sin().sum().backward()
