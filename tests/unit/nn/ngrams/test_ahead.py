@@ -160,14 +160,22 @@ def test_shards_of_this_process_are_asked_by_the_thread_itself(
     memory: NgramMemory,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (hidden, tokens), link = batch(), memory.lookup.table.link
+    (hidden, tokens), session, threads = batch(), memory.lookup.table.link.session, []
     expected = result_of(memory, tokens, hidden)
     memory.lookup.table.discard()
-    monkeypatch.setattr(link, "begin_gather", None)  # by the event loop
+    gather_at_once = session.gather_at_once
+
+    def watched(*given: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread())
+        return gather_at_once(*given, **named)
+
+    monkeypatch.setattr(session, "gather_at_once", watched)
     assert memory.prefetch(tokens)
     memory.lookup._early.started[0].asked._done.result(30.0)
-    monkeypatch.setattr(link.session, "gather_at_once", None)
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
     found = result_of(memory, tokens, hidden)
+    assert len(threads) == 1
     assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
 
 
