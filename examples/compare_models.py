@@ -188,7 +188,7 @@ def compare_language(
     runs: dict[str, list[dict[str, Any]]] = {}
     rates: dict[str, Rates] = {}
     for kind in kinds:
-        rates[kind] = tuned(kind in WITH_TABLES, _perplexity_of(kind, task, study, pool, options.steps // 2))
+        rates[kind] = tuned(kind in WITH_TABLES, _perplexity_of(kind, task, study, pool, max(1, options.steps // 4)))
         runs[kind] = []
         for seed in range(options.seeds):
             setup = Setup(kind, seed, rates[kind].lr, rates[kind].table_lr)
