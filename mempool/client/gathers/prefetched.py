@@ -176,7 +176,7 @@ class Prefetched:
 
 def _may_count(fetch: _Fetch, version: int | None) -> bool:
     try:
-        return _counts(fetch.pending.result()[1], version)
+        return _counts(fetch.pending.answered()[1], version)
     except MempoolError:
         return False
 

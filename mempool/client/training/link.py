@@ -151,12 +151,16 @@ class TableLink:
         )
 
     def _ask(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
+        answer = self._answer_to(bags, remember=remember)
+        self._looked(answer[1])
+        return answer
+
+    def _answer_to(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         session, reply_dtype, began_s = self.session, self._wire_dtype, time.monotonic()
         answer = session.gather_at_once(bags, remember=remember, reply_dtype=reply_dtype)
         if answer is None:
             timeout_s = session.left_s(began_s)
             answer = self.run(session.gather(bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s))
-        self._looked(answer[1])
         return answer
 
     def _looked(self, record: LookupRecord) -> None:
@@ -213,7 +217,7 @@ class TableLink:
 
         def ask() -> list[BegunGather]:
             whole, places = merged(parts)
-            values, record = self._ask(whole, remember=False)
+            values, record = self._answer_to(whole, remember=False)
             return [self._done(part_of(values, record, part, own)) for part, own in zip(parts, places, strict=True)]
 
         return self._start_ahead(parts, ask)

@@ -4,7 +4,8 @@ Legend: B batch, T tokens, S rows of a token, R real tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,18 +71,19 @@ class Started:
     """Attributes:
     commits: Of this client's steps, when it was asked for.
     asked: What is asked for, or will be, of this batch and those that were started with it.
-    number: Of this one among them; alone: there are no others.
+    number: Of this one among them.
+    last: All others of them were taken.
     """
 
     batch: Batch
     commits: int
     asked: Ahead[Sequence[Asked]]
     number: int
-    alone: bool
+    last: bool = False
 
     def taken(self) -> Asked | None:
-        """What was asked for; None where nobody did. What was not begun is done for the others alone."""
-        asked = self.asked.result() if self.alone else self.asked.begun()
+        """What was asked for; None where nobody did. What was not begun is done for the others, if there are any."""
+        asked = self.asked.result() if self.last else self.asked.begun()
         return None if asked is None else asked[self.number]
 
 
@@ -96,14 +98,16 @@ class Early:
         self.started[:] = [each for each in self.started if each.commits == commits][-_MOST:]
 
     def add(self, batches: Sequence[Batch], commits: int, asked: Ahead[Sequence[Asked]]) -> None:
-        alone = len(batches) == 1
-        self.started += [Started(batch, commits, asked, number, alone) for number, batch in enumerate(batches)]
+        self.started += [Started(batch, commits, asked, number) for number, batch in enumerate(batches)]
 
     def take(self, is_it: Callable[[Batch], bool]) -> Started | None:
-        """The first such, once."""
-        for number, started in enumerate(self.started):
+        """The first such, once. Others may take theirs meanwhile."""
+        for started in tuple(self.started):
             if is_it(started.batch):
-                return self.started.pop(number)
+                with suppress(ValueError):  # it was taken by another thread
+                    self.started.remove(started)
+                    last = all(other.asked is not started.asked for other in self.started)
+                    return replace(started, last=last)
         return None
 
     def drop(self) -> None:

@@ -228,6 +228,8 @@ class NgramLookup(nn.Module):
         Raises:
             InvalidRequest: As a call with any of them; nothing was started.
         """
+        if isinstance(batches, (Tensor, Mapping)):
+            raise InvalidRequest("batches must be a list of micro-batches; prefetch(tokens) is of one")
         given = [dict(each) if isinstance(each, Mapping) else {"tokens": each} for each in batches]
         for number, each in enumerate(given):
             unknown = sorted(each.keys() - {"tokens", *Packing.__annotations__})
@@ -237,7 +239,12 @@ class NgramLookup(nn.Module):
                     f"batches[{number}] has {wrong}: give a tensor, or a dict of tokens and of packing"
                     f" ({', '.join(Packing.__annotations__)})"
                 )
-        made = [self._batch(cast("Tensor", each.pop("tokens")), cast("Packing", each)) for each in given]
+        made: list[Batch] = []
+        for number, each in enumerate(given):
+            try:
+                made.append(self._batch(cast("Tensor", each.pop("tokens")), cast("Packing", each)))
+            except InvalidRequest as error:
+                raise InvalidRequest(f"batches[{number}]: {error}") from None
         return self._start(made) if made else True
 
     def _start(self, batches: list[Batch]) -> bool:

@@ -93,10 +93,12 @@ def test_a_steps_batches_are_one_fetch_and_each_trains_as_it_would(memory: Ngram
             [torch.zeros(1, 3, dtype=torch.int64), {"tokens": torch.zeros(1, 3, dtype=torch.int64), "input_ids": None}],
             "batches[1] has unknown input_ids",
         ),
-        ([torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), 11)], "is outside the vocabulary"),
+        ([torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), 11)], "batches[1]: tokens[0, 0] = 11 is outside"),
+        (torch.zeros(2, 1, 3, dtype=torch.int64), "prefetch(tokens) is of one"),  # not each row a batch
+        ({"tokens": torch.zeros(1, 3, dtype=torch.int64)}, "prefetch(tokens) is of one"),
     ],
 )
-def test_batches_that_make_no_sense_start_nothing(memory: NgramMemory, batches: list[Any], said: str) -> None:
+def test_batches_that_make_no_sense_start_nothing(memory: NgramMemory, batches: Any, said: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(said)):
         memory.prefetch_all(batches)
     assert memory.lookup._early.started == []
