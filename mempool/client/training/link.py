@@ -22,7 +22,7 @@ from mempool.client.gathers.lease import Remembering
 from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Markers
 from mempool.client.gathers.parts import merged, part_of
-from mempool.client.gathers.prefetched import Prefetched
+from mempool.client.gathers.prefetched import Prefetched, Room
 from mempool.client.gathers.window import Window
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.attempt import LookupRecord
@@ -231,11 +231,11 @@ class TableLink:
             ask=ask,
         )
 
-    def reserve_ahead(self, num_rows: int) -> int | None:
-        """Keep room for a ``prefetch`` of at most so many bags of one pair each, until ``prefetched.release`` of the
-        bytes that this answers; None where there is not as much."""
+    def reserve_ahead(self, num_rows: int) -> Room | None:
+        """Keep room for a ``prefetch`` of at most so many bags of one pair each, until ``prefetched.release`` of it;
+        None where there is not as much."""
         num_bytes = num_rows * (8 + 8 + 4 * self.value_dim)
-        return num_bytes if self.prefetched.reserve(num_bytes, version=self.session.known_version) else None
+        return self.prefetched.reserve(num_bytes, version=self.session.known_version)
 
     def _bytes_of(self, bags: Bags) -> int:
         """Of a gather and its answer."""

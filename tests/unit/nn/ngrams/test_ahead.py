@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -174,6 +175,20 @@ def test_what_is_not_done_gives_back_its_room(memory: NgramMemory) -> None:  # n
         assert prefetched.num_bytes == 0
     finally:
         ends.set()
+
+
+def test_an_interrupt_keeps_no_room(memory: NgramMemory, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Between what takes it and what will give it back."""
+    (_, tokens), link = batch(), memory.lookup.table.link
+
+    def interrupted(*_: object, **__: object) -> None:
+        assert link.prefetched.num_bytes > 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mempool.nn.ngrams.lookup.Ahead", interrupted)
+    with suppress(KeyboardInterrupt):
+        memory.prefetch(tokens)
+    assert link.prefetched.num_bytes == 0
 
 
 def _forked(send: Any, ahead: "Ahead[Any]") -> None:
