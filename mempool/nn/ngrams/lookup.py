@@ -227,6 +227,7 @@ class NgramLookup(nn.Module):
 
         Raises:
             InvalidRequest: As a call with any of them; nothing was started.
+            MempoolError: Where room is scarce they are read by this call, which is told as any look-up is.
         """
         if isinstance(batches, (Tensor, Mapping)):
             raise InvalidRequest("batches must be a list of micro-batches; prefetch(tokens) is of one")
