@@ -172,7 +172,8 @@ class FactsComparison:
         found = []
         for seed in range(self._options.seeds):
             one = replace(setup, seed=seed, epochs=self._options.epochs)
-            found.append(self._study.run(name.format(seed=seed), partial(self._task.run, one, self._pool, sizes=sizes)))
+            path = f"{name.format(seed=seed)}-{_at(setup)}"
+            found.append(self._study.run(path, partial(self._task.run, one, self._pool, sizes=sizes)))
         return found
 
     def _rates(self, kind: str) -> Rates:
@@ -181,12 +182,15 @@ class FactsComparison:
 
         def worth(rates: Rates) -> float:
             setup = Setup(kind, _TUNING_SEED, rates.lr, rates.table_lr, epochs=tuning or 7)
-            found = self._study.run(
-                f"{kind}/tuning-{rates.lr:g}-{rates.table_lr:g}", lambda: self._task.run(setup, self._pool)
-            )
+            found = self._study.run(f"{kind}/tuning-{_at(setup)}", lambda: self._task.run(setup, self._pool))
             return float(found[self._metric])
 
         return tuned(kind in WITH_TABLES, worth)
+
+
+def _at(setup: Setup) -> str:
+    """Its rates, for a file's name: a search that comes out otherwise makes other runs."""
+    return f"{setup.lr:g}-{setup.table_lr:g}"
 
 
 def compare_language(
@@ -206,7 +210,8 @@ def compare_language(
         runs[kind] = []
         for seed in range(options.seeds):
             setup = Setup(kind, seed, rates[kind].lr, rates[kind].table_lr)
-            runs[kind].append(study.run(f"{kind}/seed-{seed}", partial(task.run, setup, pool, steps=options.steps)))
+            path = f"{kind}/seed-{seed}-{_at(setup)}"
+            runs[kind].append(study.run(path, partial(task.run, setup, pool, steps=options.steps)))
     return {kind: {"rates": settings_of(rates=rates[kind])["rates"], "runs": runs[kind]} for kind in kinds}, words
 
 
@@ -216,7 +221,7 @@ def _perplexity_of(
     def worth(rates: Rates) -> float:
         setup = Setup(kind, _TUNING_SEED, rates.lr, rates.table_lr)
         found = study.run(
-            f"{kind}/tuning-{rates.lr:g}-{rates.table_lr:g}",
+            f"{kind}/tuning-{_at(setup)}",
             lambda: task.run(setup, pool, steps=steps, split="tuning"),
         )
         return -float(found["perplexity"])
