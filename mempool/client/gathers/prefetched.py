@@ -9,7 +9,7 @@ Legend: B bags, L pairs of all bags together, V value dim.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,24 +73,23 @@ class Prefetched:
 
     def start(
         self,
-        bags: Bags,
-        num_bytes: int,
+        parts: Sequence[tuple[Bags, int]],
         *,
         version: int | None,
         commits: int,
         reply_dtype: str,
-        ask: Callable[[], PendingAnswer],
+        ask: Callable[[], Sequence[PendingAnswer]],
     ) -> bool:
-        """Start a gather, unless what is kept would become too much, or rows are being written.
+        """Start gathers, unless what is kept would become too much, or rows are being written.
 
         Args:
-            bags: Without weights.
-            num_bytes: Of them and their answer.
+            parts: Bags of each, without weights, and bytes of them and their answer.
             version: The newest of the table that is known.
             commits: Steps of this client's that were acknowledged: the version that the last one made may not be known.
             reply_dtype: In which values are answered.
-            ask: Starts it.
+            ask: Starts them.
         """
+        num_bytes = sum(each for _, each in parts)
         with self._lock:
             self._sweep(version)
             if self._writers or self.num_bytes + num_bytes > self._max_bytes:
@@ -98,7 +97,7 @@ class Prefetched:
             self._reserved += num_bytes
             writes = self._writes
         try:
-            pending = ask()
+            answers = ask()
         except BaseException:
             with self._lock:
                 self._reserved -= num_bytes
@@ -106,7 +105,10 @@ class Prefetched:
         with self._lock:
             self._reserved -= num_bytes
             if writes == self._writes:
-                self._fetches.append(_Fetch(bags, _sample(bags), num_bytes, reply_dtype, commits, pending))
+                self._fetches += [
+                    _Fetch(bags, _sample(bags), size, reply_dtype, commits, pending)
+                    for (bags, size), pending in zip(parts, answers, strict=True)
+                ]
         return True
 
     def take(
@@ -160,9 +162,14 @@ class Prefetched:
     def _found(self, bags: Bags, reply_dtype: str) -> _Fetch | None:
         if self._writers:
             return None
-        sample = _sample(bags)
+        sample: _Sample | None = None
         for fetch in self._fetches:
-            if fetch.sample == sample and fetch.reply_dtype == reply_dtype and _same(fetch.bags, bags):
+            if fetch.reply_dtype != reply_dtype:
+                continue
+            if fetch.bags.ids is bags.ids and fetch.bags.offsets is bags.offsets:
+                return fetch
+            sample = _sample(bags) if sample is None else sample
+            if fetch.sample == sample and _same(fetch.bags, bags):
                 return fetch
         return None
 
@@ -185,6 +192,4 @@ def _sample(bags: Bags) -> _Sample:
 
 
 def _same(first: Bags, second: Bags) -> bool:
-    if first.ids is second.ids and first.offsets is second.offsets:
-        return True
     return torch.equal(first.ids, second.ids) and torch.equal(first.offsets, second.offsets)

@@ -43,6 +43,12 @@ class Ahead(Generic[T]):
             return None
         return None if self._done.exception() is not None else self._done.result()
 
+    def begun(self) -> T | None:
+        """As ``result``; but what was not begun will be."""
+        if os.getpid() != self._pid or not (self._done.running() or self._done.done()) or self._done.cancelled():
+            return None
+        return None if self._done.exception() is not None else self._done.result()
+
     def cancel(self) -> bool:
         """Whether it was not begun, and will not be any more."""
         was_done = self._done.cancelled()

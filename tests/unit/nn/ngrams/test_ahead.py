@@ -1,5 +1,6 @@
 """What a prefetch does elsewhere: by another thread, waited for only where it is under way, and in forked processes."""
 
+import gc
 import multiprocessing
 import threading
 import time
@@ -32,7 +33,7 @@ def test_tokens_are_hashed_by_another_thread(memory: NgramMemory, monkeypatch: p
 
     monkeypatch.setattr(memory.lookup, "_hashed", watched)
     assert memory.prefetch(tokens)
-    begun(memory.lookup._ahead[0].asked)
+    begun(memory.lookup._early.started[0].asked)
     before = memory.lookup(tokens).values
     assert threads
     assert threading.current_thread() not in threads
@@ -75,7 +76,7 @@ def test_a_mask_may_be_refilled_after_a_prefetch(memory: NgramMemory) -> None:  
     for mask in masks:
         assert memory.prefetch(tokens, mask=buffer.copy_(mask))
     ends.set()
-    for ahead in memory.lookup._ahead:
+    for ahead in memory.lookup._early.started:
         begun(ahead.asked)
     found = [memory.lookup(tokens, mask=buffer.copy_(mask)).values for mask in masks]
     assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
@@ -153,3 +154,81 @@ def test_a_forked_process_has_a_thread_of_its_own() -> None:
     assert receive.poll(30.0), "the child waits for its parent's thread"
     assert receive.recv() == 7
     child.join(30.0)
+
+
+def test_shards_of_this_process_are_asked_by_the_thread_itself(
+    memory: NgramMemory,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (hidden, tokens), session, threads = batch(), memory.lookup.table.link.session, []
+    expected = result_of(memory, tokens, hidden)
+    memory.lookup.table.discard()
+    gather_at_once = session.gather_at_once
+
+    def watched(*given: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread())
+        return gather_at_once(*given, **named)
+
+    monkeypatch.setattr(session, "gather_at_once", watched)
+    assert memory.prefetch(tokens)
+    memory.lookup._early.started[0].asked._done.result(30.0)
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
+    found = result_of(memory, tokens, hidden)
+    assert len(threads) == 1
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_was_asked_by_the_thread_and_is_never_taken_is_forgotten(
+    memory: NgramMemory,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (_, tokens), link = batch(), memory.lookup.table.link
+    released: list[int] = []
+    release = link.release
+    monkeypatch.setattr(link, "release", lambda record: lambda: released.append(record.lookup_id) or release(record)())
+    assert memory.prefetch(tokens)
+    begun(memory.lookup._early.started[0].asked)
+    assert memory.lookup._early.started[0].asked.result() is not None
+    assert released == []
+    link.prefetched.drop()
+    gc.collect()
+    assert len(released) == 1
+
+
+def test_what_is_done_for_several_is_not_given_up_for_one(memory: NgramMemory) -> None:  # noqa: F811
+    batches = [batch(seed)[1] for seed in range(2)]
+    expected = [memory.lookup(tokens).values for tokens in batches]
+    ends = threading.Event()
+    holds_up = Ahead(lambda: ends.wait(30.0))
+    begun(holds_up)
+    try:
+        assert memory.prefetch_all(batches)
+        asked = memory.lookup._early.started[1].asked
+        before = memory.lookup.table.counters.lookups
+        assert memory.lookup(batches[0]).values.equal(expected[0])  # nobody has begun: it asks itself
+    finally:
+        ends.set()
+    asked._done.result(30.0)
+    assert memory.lookup(batches[1]).values.equal(expected[1])
+    assert memory.lookup.table.counters.lookups == before + 2
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 3, 4), (24,)])
+def test_tokens_that_were_written_to_since_are_other_ones(
+    memory: NgramMemory,  # noqa: F811
+    shape: tuple[int, ...],
+) -> None:
+    tokens = torch.arange(24).view(shape) % 10
+    same = memory.lookup(tokens).values
+    assert memory.prefetch(tokens)
+    tokens += 1
+    changed = memory.lookup(tokens).values
+    assert changed.equal(memory.lookup(tokens.clone()).values)
+    assert not changed.equal(same)
+    tokens -= 1
+    (ahead,) = memory.lookup._early.started
+    assert ahead.batch.is_plainly(tokens)
+    assert not ahead.batch.is_plainly(tokens.view(-1, 4) if shape != (2, 3, 4) else tokens.view(2, 12))
+    assert memory.lookup(tokens).values.equal(same)
+    assert memory.lookup._early.started == []
