@@ -77,7 +77,8 @@ class TrainedKeySpec:
         optimizer: What the shards run on the keys at each commit.
         product: Product keys, as of ``ProductKeySpec``, or of more parts than two; otherwise flat keys.
         heads: Of product keys; flat keys have 1.
-        ways: Parts of a product key, each of a codebook of n, n ** ways = num_slots. Flat keys leave it.
+        ways: Parts of a product key, each of a codebook of n, n the least with n ** ways >= num_slots. Flat keys leave
+            it.
     """
 
     key_dim: int
