@@ -84,19 +84,37 @@ def compare(options: argparse.Namespace, pool: mempool.Pool, console: Console, *
     kinds = chosen(options.models, KINDS, what="model")
     path = options.out / "figures.json"
     figures: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}  # other parts stay
+    of = figures.setdefault("of", {})
+
+    def show(part: str) -> None:
+        console.print(report.sheets(figures)[part].shown())
+        report.write(figures, options.out)
+
     if set(parts) - {"language"}:
         book = build_facts(options.facts, seed=0) if options.facts_file is None else read_facts(options.facts_file)
         comparison = FactsComparison(book, options, pool, console, sizes)
+        of["facts"] = len(book.facts)
         if "facts" in parts:
-            figures["facts"] = comparison.models(kinds)
+            figures["facts"] = _with(figures.get("facts", {}), comparison.models(kinds))
+            show("facts")
         if "scaling" in parts:
             figures["scaling"] = comparison.scaling(options.largest)
+            show("scaling")
+            report.plot_scaling(figures["scaling"], options.out / "scaling.png", console=console)
         if "options" in parts:
             figures["options"] = comparison.options()
+            show("options")
     if "language" in parts:
-        figures["language"] = compare_language(kinds, options, pool, console, sizes)
-    report.write_json(figures, path)
+        found, of["words"] = compare_language(kinds, options, pool, console, sizes)
+        figures["language"] = _with(figures.get("language", {}), found)
+        show("language")
     console.print(f"all figures: {path}")
+
+
+def _with(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """All kinds that there are figures of: other models' stay."""
+    every = {**before, **found}
+    return {kind: every[kind] for kind in KINDS if kind in every}
 
 
 class FactsComparison:
@@ -106,7 +124,7 @@ class FactsComparison:
         self, book: FactBook, options: argparse.Namespace, pool: mempool.Pool, console: Console, sizes: Sizes
     ) -> None:
         self._task = FactsTask(book, sizes)
-        self._options, self._pool, self._console, self._sizes = options, pool, console, sizes
+        self._options, self._pool, self._sizes = options, pool, sizes
         source = "built in" if options.facts_file is None else with_contents(options.facts_file)
         settings = settings_of(sizes=sizes, facts=len(book.facts), source=source, epochs=options.epochs)
         self._study = Study(options.out / "facts", settings, say=console.print)
@@ -118,7 +136,6 @@ class FactsComparison:
         for kind in kinds:
             rates[kind] = self._rates(kind)
             runs[kind] = self._seeds(f"{kind}/seed-{{seed}}", Setup(kind, 0, rates[kind].lr, rates[kind].table_lr))
-        self._console.print(report.facts_table(runs, rates, facts=len(self._task.book.facts)))
         return {kind: {"rates": settings_of(rates=rates[kind])["rates"], "runs": runs[kind]} for kind in kinds}
 
     def scaling(self, largest: int) -> dict[str, Any]:
@@ -129,8 +146,6 @@ class FactsComparison:
             sizes = replace(self._sizes, slots=2**power)
             setup = Setup("memory+1", 0, rates.lr, rates.table_lr)
             curve[2**power] = self._seeds(f"scaling/{2**power}-seed-{{seed}}", setup, sizes=sizes)
-        self._console.print(report.scaling_table(curve))
-        report.plot_scaling(curve, self._options.out / "scaling.png", console=self._console)
         return {str(slots): found for slots, found in curve.items()}
 
     def options(self) -> dict[str, Any]:
@@ -151,14 +166,14 @@ class FactsComparison:
                 lower_values=lower_values,
             )
             runs[name] = self._seeds(f"options/{slug(name)}-seed-{{seed}}", setup)
-        self._console.print(report.options_table(runs))
         return runs
 
     def _seeds(self, name: str, setup: Setup, *, sizes: Sizes | None = None) -> list[dict[str, Any]]:
         found = []
         for seed in range(self._options.seeds):
             one = replace(setup, seed=seed, epochs=self._options.epochs)
-            found.append(self._study.run(name.format(seed=seed), partial(self._task.run, one, self._pool, sizes=sizes)))
+            path = f"{name.format(seed=seed)}-{_at(setup)}"
+            found.append(self._study.run(path, partial(self._task.run, one, self._pool, sizes=sizes)))
         return found
 
     def _rates(self, kind: str) -> Rates:
@@ -167,33 +182,37 @@ class FactsComparison:
 
         def worth(rates: Rates) -> float:
             setup = Setup(kind, _TUNING_SEED, rates.lr, rates.table_lr, epochs=tuning or 7)
-            found = self._study.run(
-                f"{kind}/tuning-{rates.lr:g}-{rates.table_lr:g}", lambda: self._task.run(setup, self._pool)
-            )
+            found = self._study.run(f"{kind}/tuning-{_at(setup)}", lambda: self._task.run(setup, self._pool))
             return float(found[self._metric])
 
         return tuned(kind in WITH_TABLES, worth)
 
 
+def _at(setup: Setup) -> str:
+    """Its rates, for a file's name: a search that comes out otherwise makes other runs."""
+    return f"{setup.lr:g}-{setup.table_lr:g}"
+
+
 def compare_language(
     kinds: list[str], options: argparse.Namespace, pool: mempool.Pool, console: Console, sizes: Sizes
-) -> dict[str, Any]:
-    """Each kind as a language model, over seeds."""
+) -> tuple[dict[str, Any], int]:
+    """Each kind as a language model, over seeds; and how many words there are."""
     task = LanguageTask(read_text(options.text), replace(sizes, dim=sizes.dim // 2, key_dim=sizes.key_dim // 2))
     source = "WordNet" if options.text is None else with_contents(options.text)
     words = sum(len(stream) for stream in task.tokens.values())
-    settings = settings_of(sizes=task.sizes, text=source, words=words, steps=options.steps)
+    batches = {"vocabulary": task.vocabulary, "context": task.context, "batch": task.batch}
+    settings = settings_of(sizes=task.sizes, text=source, words=words, steps=options.steps, **batches)
     study = Study(options.out / "language", settings, say=console.print)
     runs: dict[str, list[dict[str, Any]]] = {}
     rates: dict[str, Rates] = {}
     for kind in kinds:
-        rates[kind] = tuned(kind in WITH_TABLES, _perplexity_of(kind, task, study, pool, options.steps // 2))
+        rates[kind] = tuned(kind in WITH_TABLES, _perplexity_of(kind, task, study, pool, max(1, options.steps // 4)))
         runs[kind] = []
         for seed in range(options.seeds):
             setup = Setup(kind, seed, rates[kind].lr, rates[kind].table_lr)
-            runs[kind].append(study.run(f"{kind}/seed-{seed}", partial(task.run, setup, pool, steps=options.steps)))
-    console.print(report.language_table(runs, rates, tokens=words))
-    return {kind: {"rates": settings_of(rates=rates[kind])["rates"], "runs": runs[kind]} for kind in kinds}
+            path = f"{kind}/seed-{seed}-{_at(setup)}"
+            runs[kind].append(study.run(path, partial(task.run, setup, pool, steps=options.steps)))
+    return {kind: {"rates": settings_of(rates=rates[kind])["rates"], "runs": runs[kind]} for kind in kinds}, words
 
 
 def _perplexity_of(
@@ -202,7 +221,7 @@ def _perplexity_of(
     def worth(rates: Rates) -> float:
         setup = Setup(kind, _TUNING_SEED, rates.lr, rates.table_lr)
         found = study.run(
-            f"{kind}/tuning-{rates.lr:g}-{rates.table_lr:g}",
+            f"{kind}/tuning-{_at(setup)}",
             lambda: task.run(setup, pool, steps=steps, split="tuning"),
         )
         return -float(found["perplexity"])
@@ -229,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="your own text, a passage a line; else WordNet's glosses"
     )
-    parser.add_argument("--steps", type=_positive, default=2000, help="of the language model")
+    parser.add_argument("--steps", type=_positive, default=1000, help="of the language model")
     parser.add_argument("--address", metavar="HOST:PORT", help="a running pool; without it, one in this process")
     return parser
 

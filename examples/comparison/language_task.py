@@ -105,7 +105,7 @@ class LanguageTask:
     """
 
     def __init__(
-        self, passages: list[str], sizes: Sizes, *, vocabulary: int = 8192, context: int = 64, batch: int = 16
+        self, passages: list[str], sizes: Sizes, *, vocabulary: int = 4096, context: int = 64, batch: int = 16
     ) -> None:
         self.sizes, self.context, self.batch = sizes, context, batch
         passages = list(passages)

@@ -15,7 +15,7 @@ from typing import Any
 LR, TABLE_LR = 1e-3, 0.3
 """Where the search for learning rates begins."""
 _LR_FACTOR, _TABLE_LR_FACTOR = 2.0, 3.0
-_MOST_TRIES = 4
+_MOST_TRIES = 6
 
 
 class StudyError(Exception):

@@ -65,12 +65,12 @@ class _Keys(ConfigModel):
 
 class ProductKeys(_Keys):
     """Product keys kept in the pool: per head two codebooks of n half-keys, n * n = num_slots. Where they are trained,
-    n is the least with n * n >= num_slots, and the products beyond the last slot are never chosen.
+    n is the least with n ** ways >= num_slots, and the products beyond the last slot are never chosen.
 
     Args:
         heads: Number of heads, each with codebooks of its own.
         key_dim: Width of a query of one head, a multiple of ways; a half-key is key_dim / ways wide.
-        ways: Codebooks of a head: more than 2 of keys that are trained, with n ** ways = num_slots. Slot
+        ways: Codebooks of a head: more than 2 of keys that are trained, and num_slots at least 2 ** ways. Slot
             ``(i1 * n + i2) * n + ...`` has half-keys i1, i2, ...
         deterministic: Scores are summed in a fixed order: a query has the same bits alone and in any batch. False takes
             whatever order is fastest; results then agree to rounding.
@@ -137,7 +137,7 @@ class TableConfig(ConfigModel):
 
     Args:
         name: Letters, digits, ``_ . -``, a letter first, at most 63 in all.
-        num_slots: Number of slots; n * n with product keys in the pool that are not trained, n ** ways with more ways.
+        num_slots: Number of slots; n * n with product keys in the pool that are not trained.
         value_dim: Width of a value, in elements.
         dtype: How values are stored: "float32", "bfloat16", or one byte an element with a float32 scale per slot and
             column block, "float8_e4m3fn" or "int8". Sums are float32 in any case.

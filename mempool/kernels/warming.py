@@ -38,6 +38,7 @@ class Needs:
         plain: As ``OptimizerStep.plain``: without options, which have a variant of the step.
         master: Float32 values are kept beside those stored.
         dense: Rows do the steps that they missed.
+        experts: Rows may be asked as experts.
         keys: Of the shard, "" for none.
         device: Type of the device of its arenas.
         ids: In which slot ids are kept: what bags and commits are given. Rows are read by int64 in any case.
@@ -50,6 +51,7 @@ class Needs:
     plain: bool = True
     master: bool = False
     dense: bool = False
+    experts: bool = False
     keys: Literal["", "product", "flat"] = ""
     device: str = "cpu"
     ids: Literal["int32", "int64"] = "int32"
@@ -63,7 +65,7 @@ def calls_of(needs: Needs) -> tuple[str, ...]:
         return ("product_topk", "product_gradient", *(["parts_topk"] if needs.parts else []))
     if needs.device != "cpu":  # initial values are drawn on the CPU in any case
         return ("initial_values",)
-    names = ["step", "weighted_sum"]
+    names = ["step", *(["expert_sums", "expert_gradients"] if needs.experts else []), "weighted_sum"]
     names += ["catch_up"] if needs.dense else []
     names += ["product_topk"] if needs.keys == "product" else ["flat_keys"] if needs.keys == "flat" else []
     return (
@@ -102,7 +104,17 @@ def warm_up(device: torch.device | str = "cpu") -> None:
             if algorithm != "sgd_momentum":
                 _step(Needs(element=element, algorithm=algorithm, device=place))
         needs = Needs(element=element, master=True, device=place)
-        for name in ("step", "catch_up", "weighted_sum", "weight_gradient", "rows", "sort_pairs", "segment_sum"):
+        for name in (
+            "step",
+            "catch_up",
+            "weighted_sum",
+            "weight_gradient",
+            "expert_sums",
+            "expert_gradients",
+            "rows",
+            "sort_pairs",
+            "segment_sum",
+        ):
             call(name, needs)
         if element in ("float32", "bfloat16"):
             _flat_topk(needs)
@@ -181,6 +193,20 @@ def _weight_gradient(needs: Needs) -> None:
 
     ids, offsets = _ids(needs, 0, 1, 1), _numbers(needs, 0, 2, 3)
     kernels.weight_gradient(_small_arena(needs), ids, offsets, _grads(needs))
+
+
+def _expert_sums(needs: Needs) -> None:
+    from mempool import kernels
+
+    ids, offsets, inputs = _ids(needs, 0, 1, 1), _numbers(needs, 0, 2, 3), _grads(needs)[:, : _WIDTH // 2]
+    kernels.expert_sums(_small_arena(needs), ids, None, offsets, inputs, act="relu")
+
+
+def _expert_gradients(needs: Needs) -> None:
+    from mempool import kernels
+
+    ids, offsets = _ids(needs, 0, 1, 1), _numbers(needs, 0, 2, 3)
+    kernels.expert_gradients(_small_arena(needs), ids, None, offsets, _grads(needs), _WIDTH // 2, act="relu")
 
 
 def _rows(needs: Needs) -> None:
@@ -323,6 +349,8 @@ def _initial_values(needs: Needs) -> None:  # noqa: ARG001 - the same for all
 _CALLS: dict[str, Callable[[Needs], None]] = {
     "weighted_sum": _weighted_sum,
     "weight_gradient": _weight_gradient,
+    "expert_sums": _expert_sums,
+    "expert_gradients": _expert_gradients,
     "rows": _rows,
     "admit_bags": _admit_bags,
     "deal_pairs": _deal_pairs,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mempool.client.gathers.first_order import first_order_only
-from mempool.nn.keys.product import Range, best_slots, gradients, slot_ids
+from mempool.client.keys.boxes import Range
+from mempool.nn.keys.product import best_slots, gradients, slot_ids
 
 _NORM_EPS = 1e-6
 

@@ -77,7 +77,7 @@ class TrainedKeySpec:
         optimizer: What the shards run on the keys at each commit.
         product: Product keys, as of ``ProductKeySpec``, or of more parts than two; otherwise flat or hierarchical keys.
         heads: Of product keys; others have 1.
-        ways: Parts of a product key, each of a codebook of n, n ** ways = num_slots. Others leave it.
+        ways: Parts of a product key, each of a codebook of n, n the least with n ** ways >= num_slots. Others leave it.
         groups: Of hierarchical keys, which have one beside each slot's; 0: they are none.
         probes: Groups that a query looks into; 0 without.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from mempool.errors import InvalidRequest
-from mempool.types.keys import grouping_of, groups_problem, key_table, key_table_name, least_root
+from mempool.types.keys import grouping_of, groups_problem, key_table, key_table_name
 from mempool.types.schema import (
     Algorithm,
     FlatKeySpec,
@@ -298,21 +298,14 @@ def _shape_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
     root = math.isqrt(schema.num_slots)
     square = root * root == schema.num_slots
     ways = _ways(schema)
-    size = least_root(schema.num_slots, ways)
-    # Trained keys of two parts take any number of slots: the last products are none.
-    wrong = isinstance(schema.keys, ProductKeySpec) and not square
-    if wrong or (ways > 2 and (size**ways != schema.num_slots or size < 2)):
-        needs = (
-            "is not a square; product keys need n * n"
-            if ways == 2
-            else f"is no n^{ways}; product keys of {ways} parts need n at least 2"
-        )
-        near = (size - 1, size) if ways == 2 or size > 2 else (2,)
-        yield SchemaProblem(
-            path=("num_slots",),
-            value=schema.num_slots,
-            text=f"{needs}. Nearest: " + " or ".join(f"{n**ways:_} ({n}^{ways})" for n in near) + ".",
-        )
+    # Keys that are trained take any number of slots: the last products are none.
+    if isinstance(schema.keys, ProductKeySpec) and not square:
+        near = " or ".join(f"{n**2:_} ({n}^2)" for n in (root, root + 1))
+        text = f"is not a square; product keys need n * n. Nearest: {near}."
+        yield SchemaProblem(path=("num_slots",), value=schema.num_slots, text=text)
+    elif ways > 2 and schema.num_slots < 2**ways:
+        text = f"must be at least {2**ways} (2^{ways}): two half-keys in each codebook of product keys of {ways} parts"
+        yield SchemaProblem(path=("num_slots",), value=schema.num_slots, text=text)
     elif schema.stride != (root if square else 0):
         text = f"must be {root}, as num_slots is {root}^2" if square else "must be 0, as num_slots is not a square"
         yield SchemaProblem(path=("stride",), value=schema.stride, text=text)

@@ -11,6 +11,7 @@ from mempool import errors
 from mempool.client.lookup import has_flat_keys
 from mempool.nn import MemoryLayer, PoolOptimizer
 from mempool.nn.keys.hierarchical import HierarchicalKeys
+from mempool.nn.scoring import product_topk
 from mempool.optim import SGD, Adagrad, AdamW
 
 from .conftest import Pools
@@ -100,7 +101,7 @@ def test_flat_keys_train_as_in_torch(pools: Pools, name: str, shards: int) -> No
         ("sgd", 3, 13**2, 2),
         ("adagrad", 1, 13**2 - 15, 2),
         ("adamw", 2, 13**2, 2),
-        ("sgd", 2, 6**3, 3),
+        ("sgd", 2, 6**3 - 47, 3),
         ("adagrad", 3, 6**3, 3),
         ("adamw", 1, 4**4, 4),
     ],
@@ -248,16 +249,26 @@ def test_keys_of_more_parts_choose_what_brute_force_does(pools: Pools, shards: i
         assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
 
 
-@pytest.mark.parametrize("num_slots", [17**2 - 1, 17**2 - 20, 16**2 + 1])
+@pytest.mark.parametrize(
+    ("size", "ways", "num_slots"),
+    [
+        (17, 2, 17**2 - 1),
+        (17, 2, 17**2 - 20),
+        (17, 2, 16**2 + 1),
+        (7, 3, 7**3 - 60),
+        (7, 3, 6**3 + 1),
+        (4, 4, 4**4 - 33),
+    ],
+)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_slots_that_are_no_square_are_chosen_as_by_brute_force(pools: Pools, shards: int, num_slots: int) -> None:
-    keys = mempool.ProductKeys(heads=2, key_dim=6, optimizer=SGD(1.0))
+def test_slots_that_are_no_power_are_chosen_as_by_brute_force(
+    pools: Pools, shards: int, size: int, ways: int, num_slots: int
+) -> None:
+    keys = mempool.ProductKeys(heads=2, key_dim=3 * ways, ways=ways, optimizer=SGD(1.0))
     table = pools.table(shards=shards, num_slots=num_slots, value_dim=4, keys=keys)
-    own, queries = integers(2, 2, 17, 3, seed=1), integers(25, 2, 6, seed=2)
-    own[:, 0, num_slots // 17 :], own[:, 1, num_slots % 17 :] = (
-        4.0,
-        4.0,
-    )  # what is cut, and beside it, is often the best
+    own, queries = integers(2, ways, size, 3, seed=1), integers(25, 2, 3 * ways, seed=2)
+    for way in range(ways):  # what is cut, and beside it, is often the best
+        own[:, way, num_slots // size ** (ways - 1 - way) % size :] = 4.0
     queries[::2] = queries[::2].abs()
     table.write_keys(own)
     for topk in (1, 5, num_slots):
@@ -266,6 +277,18 @@ def test_slots_that_are_no_square_are_chosen_as_by_brute_force(pools: Pools, sha
         assert torch.equal(found.ids, ids)
         assert torch.equal(found.scores, scores)
         assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+
+
+@pytest.mark.parametrize(("ways", "num_slots"), [(2, 29**2 - 40), (3, 9**3 - 100), (3, 9**3), (4, 5**4 - 77)])
+def test_scores_have_the_bits_of_keys_in_the_model(pools: Pools, ways: int, num_slots: int) -> None:
+    keys = mempool.ProductKeys(heads=2, key_dim=8 * ways, ways=ways, optimizer=SGD(1.0))
+    table = pools.table(shards=2, num_slots=num_slots, value_dim=4, keys=keys)
+    own, queries = table.read_keys(), torch.randn(50, 2, 8 * ways)
+    for topk in (1, 4, 32, num_slots):
+        scores, ids = product_topk(queries, own, topk=topk, stride=own.shape[2], num_slots=num_slots)
+        found = table.score(queries, topk)
+        assert torch.equal(found.ids, ids)
+        assert torch.equal(found.scores, scores)
 
 
 def test_a_layer_has_the_parts_of_the_keys_in_the_pool(pools: Pools) -> None:

@@ -28,6 +28,7 @@ def left_by_a_kill(folder: Path, to: Path) -> Path:
 
 
 def _same(folder: Path, other: Path) -> bool:
+    filecmp.clear_cache()  # it takes files of one size and time for the same
     names = [sorted(path.relative_to(of) for path in of.rglob("*")) for of in (folder, other)]
     files = [name for name in names[0] if (folder / name).is_file()]
     return names[0] == names[1] and all(filecmp.cmp(folder / name, other / name, shallow=False) for name in files)

@@ -28,21 +28,29 @@ class Asking:
         router: What is known of tables and shards.
         dial: Leads to shards.
         loop: The one that all else of this client runs on.
+        here: Shards are of this process: whoever waits for their answer makes it.
         patience_s: After so much silence of a shard the router is asked; it has half of a call's time at least.
     """
 
     def __init__(
-        self, router: Router, dial: DialAtOnce, *, loop: asyncio.AbstractEventLoop, patience_s: float = 5.0
+        self,
+        router: Router,
+        dial: DialAtOnce,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        here: bool = False,
+        patience_s: float = 5.0,
     ) -> None:
         self.router = router
         self.loop = loop
+        self.here = here
         self.patience_s = min(patience_s, router.timeout_s / 2)
         self._dial = dial
         self._pid = os.getpid()
 
     def by(self, router: Router) -> "Asking":
         """The same by what another router knows, as one that reads at a version."""
-        return Asking(router, self._dial, loop=self.loop, patience_s=self.patience_s)
+        return Asking(router, self._dial, loop=self.loop, here=self.here, patience_s=self.patience_s)
 
     def left_s(self, began_s: float) -> float | None:
         """What the router has of the time of a call that was begun then, monotonic; None: all of it, or nearly."""

@@ -28,6 +28,9 @@ class PendingAnswer(Protocol):
     def result(self) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU, not to be written to; for any thread, as often as it is asked."""
 
+    def answered(self) -> tuple[Tensor, LookupRecord]:
+        """The same, for whoever does not take it: no look-up was answered by it yet."""
+
     def hand_over(self) -> None:
         """Who took the result lets shards forget the lookup; the lease means nothing more."""
 

@@ -9,7 +9,8 @@ Legend: B bags, L pairs of all bags together, V value dim.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +38,15 @@ class _Fetch:
     pending: PendingAnswer
 
 
+class Room:
+    """Bytes that are kept free. They are as long as somebody holds it: an interrupt loses none."""
+
+    __slots__ = ("__weakref__", "num_bytes")
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+
+
 class Prefetched:
     """The gathers of one table that were started ahead. All threads may use it.
 
@@ -48,65 +58,62 @@ class Prefetched:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._fetches: list[_Fetch] = []
-        self._reserved = 0
+        self._rooms: weakref.WeakSet[Room] = weakref.WeakSet()
         self._writers = 0
         self._writes = 0  # begun and ended, both
 
     @property
     def num_bytes(self) -> int:
         """Of all that are kept."""
-        return self._reserved + sum(fetch.num_bytes for fetch in tuple(self._fetches))
+        return sum(room.num_bytes for room in tuple(self._rooms)) + sum(each.num_bytes for each in tuple(self._fetches))
 
-    def reserve(self, num_bytes: int, *, version: int | None) -> bool:
+    def reserve(self, num_bytes: int, *, version: int | None) -> Room | None:
         """Keep room for a gather that is to be started by another thread, unless there is none; ``release`` it then."""
         with self._lock:
             self._sweep(version)
             if self._writers or self.num_bytes + num_bytes > self._max_bytes:
-                return False
-            self._reserved += num_bytes
-            return True
+                return None
+            self._rooms.add(room := Room(num_bytes))
+            return room
 
-    def release(self, num_bytes: int) -> None:
-        """What was reserved is not needed any more."""
+    def release(self, room: Room) -> None:
+        """What was reserved is not needed any more. Repeatable."""
         with self._lock:
-            self._reserved -= num_bytes
+            self._rooms.discard(room)
 
     def start(
         self,
-        bags: Bags,
-        num_bytes: int,
+        parts: Sequence[tuple[Bags, int]],
         *,
         version: int | None,
         commits: int,
         reply_dtype: str,
-        ask: Callable[[], PendingAnswer],
+        ask: Callable[[], Sequence[PendingAnswer]],
     ) -> bool:
-        """Start a gather, unless what is kept would become too much, or rows are being written.
+        """Start gathers, unless what is kept would become too much, or rows are being written.
 
         Args:
-            bags: Without weights.
-            num_bytes: Of them and their answer.
+            parts: Bags of each, without weights, and bytes of them and their answer.
             version: The newest of the table that is known.
             commits: Steps of this client's that were acknowledged: the version that the last one made may not be known.
             reply_dtype: In which values are answered.
-            ask: Starts it.
+            ask: Starts them.
         """
-        with self._lock:
-            self._sweep(version)
-            if self._writers or self.num_bytes + num_bytes > self._max_bytes:
-                return False
-            self._reserved += num_bytes
-            writes = self._writes
+        writes = self._writes  # of before: what is written from here on makes what is read old
+        room = self.reserve(sum(num_bytes for _, num_bytes in parts), version=version)
+        if room is None:
+            return False
         try:
-            pending = ask()
-        except BaseException:
+            answers = ask()
             with self._lock:
-                self._reserved -= num_bytes
-            raise
-        with self._lock:
-            self._reserved -= num_bytes
-            if writes == self._writes:
-                self._fetches.append(_Fetch(bags, _sample(bags), num_bytes, reply_dtype, commits, pending))
+                self._rooms.discard(room)
+                if writes == self._writes:
+                    self._fetches += [
+                        _Fetch(bags, _sample(bags), num_bytes, reply_dtype, commits, pending)
+                        for (bags, num_bytes), pending in zip(parts, answers, strict=True)
+                    ]
+        finally:
+            self.release(room)
         return True
 
     def take(
@@ -160,16 +167,21 @@ class Prefetched:
     def _found(self, bags: Bags, reply_dtype: str) -> _Fetch | None:
         if self._writers:
             return None
-        sample = _sample(bags)
+        sample: _Sample | None = None
         for fetch in self._fetches:
-            if fetch.sample == sample and fetch.reply_dtype == reply_dtype and _same(fetch.bags, bags):
+            if fetch.reply_dtype != reply_dtype:
+                continue
+            if fetch.bags.ids is bags.ids and fetch.bags.offsets is bags.offsets:
+                return fetch
+            sample = _sample(bags) if sample is None else sample
+            if fetch.sample == sample and _same(fetch.bags, bags):
                 return fetch
         return None
 
 
 def _may_count(fetch: _Fetch, version: int | None) -> bool:
     try:
-        return _counts(fetch.pending.result()[1], version)
+        return _counts(fetch.pending.answered()[1], version)
     except MempoolError:
         return False
 
@@ -185,6 +197,4 @@ def _sample(bags: Bags) -> _Sample:
 
 
 def _same(first: Bags, second: Bags) -> bool:
-    if first.ids is second.ids and first.offsets is second.offsets:
-        return True
     return torch.equal(first.ids, second.ids) and torch.equal(first.offsets, second.offsets)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mempool.client.keys.merging import Cut, Winners, best_of_cut, merged
+from mempool.client.keys.merging import Winners, best_of_slots, merged
 from mempool.types import OwnKeySpec, TableSchema, TrainedKeySpec
 from mempool.types.bags import Bags
 from mempool.types.keys import Grouping, grouping_of, key_table
@@ -79,16 +79,14 @@ class KeyLayout:
         return queries_BHD.reshape(queries_BHD.shape[0], self.sections, self.width)
 
     @property
-    def cut(self) -> Cut | None:
-        """Where its slots are no square, and the last products no slots."""
-        if not self.keys.product or self.rows**self.keys.ways == self.num_slots:
-            return None
-        return Cut(self.num_slots, self.rows)
+    def cut_off(self) -> int:
+        """Half-keys of a first part that are in no slot, or not with all others: where slots are no n^ways, the last
+        products are none."""
+        return self.rows - self.num_slots // self.rows ** (self.keys.ways - 1) if self.keys.product else 0
 
     def candidates(self, topk: int) -> int:
         """How many of each section are asked for: as many as have a part in the top-k, and those that are cut off."""
-        more = 0 if self.cut is None else self.rows - self.cut.whole
-        return min(topk + more, self.rows)
+        return min(topk + self.cut_off, self.rows)
 
     def chosen(self, scores_BSC: Tensor, rows_BSC: Tensor, topk: int) -> Chosen:
         """The slots by (score descending, id ascending), of each section's best: the same as of all keys at once.
@@ -105,8 +103,8 @@ class KeyLayout:
         parts = scores_BSC.reshape(-1, ways, count)
         lists = [Winners(parts[:, way], index[:, way], self.rows) for way in range(ways)]
         shape = (scores_BSC.shape[0], self.keys.heads, topk)
-        if self.cut is not None:
-            found, left_open = best_of_cut(self.cut, lists[0], lists[1], topk)
+        if self.cut_off:
+            found, left_open = best_of_slots(lists, self.num_slots, topk)
             queries = left_open.view(shape[:2]).any(dim=1).nonzero()[:, 0]
             return Chosen(found.scores.view(shape), found.ids.view(shape), queries if len(queries) else None)
         # In pairs, and then one list after the other, as a layer merges those of keys of its own: to the same bits.

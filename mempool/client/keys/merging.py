@@ -4,12 +4,16 @@ Legend: M queries of heads, C candidates of a part, K top-k, n half-keys of a co
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mempool import kernels
+from mempool.client.keys.boxes import Box, Range, boxes, first_slot, pairs_of
 
 
 class Winners(NamedTuple):
@@ -26,17 +30,6 @@ class Winners(NamedTuple):
     worth: int
 
 
-class Cut:
-    """Slots that are no square: of the n * n products the last are none.
-
-    Attributes:
-        whole: Half-keys of the first part all of whose products are slots; the next one has ``rest``, others none.
-    """
-
-    def __init__(self, num_slots: int, size: int) -> None:
-        self.whole, self.rest = divmod(num_slots, size)
-
-
 def merged(lists: Sequence[Winners], topk: int) -> Winners:
     """The best sums of one of each, one list after the other."""
     found = lists[0]
@@ -49,40 +42,104 @@ def merged(lists: Sequence[Winners], topk: int) -> Winners:
     return found
 
 
-def best_of_cut(cut: Cut, firsts: Winners, seconds: Winners, topk: int) -> tuple[Winners, Tensor]:
-    """The best products of two parts that are slots: of whole rows, and of the row that is cut, as two ranges.
+def best_of_slots(lists: Sequence[Winners], num_slots: int, topk: int) -> tuple[Winners, Tensor]:
+    """The best products of all parts that are slots, where the last products are none: box by box.
 
-    A product of the cut row with a half-key that is no candidate comes behind those of any better row with all that
-    are. Only where no row is better, and too few candidates are left of the cut one, all half-keys are needed.
+    A box may have half-keys that are no candidates; none of them is better than the last candidate. So it is known what
+    no product of a box is better than: where ``topk`` slots before it are, the box is left out; and where products
+    with such half-keys could be among the best, all half-keys are needed.
 
     Args:
-        firsts, seconds: By score: the best ``topk`` and as many more as are cut off of the first part; or all.
+        lists: Of each part, by (score descending, id ascending): the best ``topk``, and of the first part as many more
+            as are not whole; or all.
 
     Returns:
         The winners, and [M] bool: those for which it takes all.
     """
-    size, rows = seconds.worth, firsts.ids < cut.whole
-    behind = (~rows).to(torch.int8).sort(dim=1, stable=True).indices[:, : min(topk, cut.whole)]
-    whole = Winners(firsts.scores.gather(1, behind), firsts.ids.gather(1, behind), size)
-    best = min(topk, size)
-    found = merged([whole, Winners(seconds.scores[:, :best], seconds.ids[:, :best], size)], topk)
-    none = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    if not cut.rest:
-        return found, none
-    is_cut, there = firsts.ids == cut.whole, seconds.ids < cut.rest
-    has_cut = is_cut.any(dim=1)
-    row_score = firsts.scores.masked_fill(~is_cut, -torch.inf).amax(dim=1)
-    sums = (row_score[:, None] + seconds.scores).masked_fill(~(there & has_cut[:, None]), -torch.inf)
-    scores, ids = torch.cat((found.scores, sums), dim=1), torch.cat((found.ids, seconds.ids + cut.whole * size), dim=1)
-    by_id = ids.argsort(dim=1)
-    scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
-    best_scores, places = kernels.select_topk(scores, topk)
-    first_row = is_cut.to(torch.int8).argmax(dim=1)
-    is_best = has_cut & ~(
-        rows & (torch.arange(rows.shape[1], dtype=torch.int64, device=rows.device) < first_row[:, None])
-    ).any(dim=1)
-    left_open = is_best & (there.sum(dim=1) < min(topk, cut.rest))
-    return Winners(best_scores, ids.gather(1, places), size * size), left_open
+    size, num_rows = lists[0].worth, len(lists[0].scores)
+    rows = torch.arange(num_rows, dtype=torch.int64, device=lists[0].ids.device)
+    found, lacking = None, []
+    for box in boxes(0, num_slots, size, ways=len(lists)):
+        pairs, first_id = pairs_of(box, size, topk), first_slot(box, size)
+        most, most_lacking = _bounds(lists, box, pairs, topk)
+        lacking.append((first_id, most_lacking))
+        if found is None:
+            found = _filled_up(_best_in(lists, box, pairs, topk), topk)
+            continue
+        some = rows[~_behind(found, most, first_id)]
+        if len(some):
+            best = _best_in([_of_rows(each, some) for each in lists], box, pairs, topk)
+            found.scores[some], found.ids[some] = _best_of(_of_rows(found, some), best)
+    assert found is not None, "there are slots"
+    left_open = torch.zeros_like(rows, dtype=torch.bool)
+    for first_id, most_lacking in lacking:
+        left_open |= ~_behind(found, most_lacking, first_id)
+    return found, left_open
+
+
+def _best_in(lists: Sequence[Winners], box: Box, pairs: Sequence[slice], topk: int) -> Winners:
+    """The best products in a box, of candidates alone."""
+    own = [_within(each, range_, topk) for each, range_ in zip(lists, box, strict=True)]
+    return merged([merged(own[parts], topk) for parts in pairs], topk)
+
+
+def _bounds(lists: Sequence[Winners], box: Box, pairs: Sequence[slice], topk: int) -> tuple[Tensor, Tensor]:
+    """Scores [M] that no product of a box is better than; and none with a half-key that is no candidate (-inf: there
+    are none). Summed as products are, so that rounding changes no order."""
+    known, lacking = [], []
+    for each, (start, end) in zip(lists, box, strict=True):
+        if end - start == each.worth:
+            known.append(each.scores[:, 0])
+            lacking.append(torch.full_like(known[-1], -torch.inf))
+            continue
+        there = (each.ids >= start) & (each.ids < end)
+        known.append(each.scores.masked_fill(~there, -torch.inf).amax(dim=1))
+        has_all = there.sum(dim=1) >= min(topk, end - start)
+        lacking.append(each.scores[:, -1].masked_fill(has_all, -torch.inf))
+    best = [torch.maximum(*both) for both in zip(known, lacking, strict=True)]
+    each_lacking = [_summed([*best[:way], lacking[way], *best[way + 1 :]], pairs) for way in range(len(best))]
+    return _summed(best, pairs), torch.stack(each_lacking).amax(dim=0)
+
+
+def _summed(scores: Sequence[Tensor], pairs: Sequence[slice]) -> Tensor:
+    """Sums of one score of each part."""
+    return reduce(add, (reduce(add, scores[parts]) for parts in pairs))
+
+
+def _behind(found: Winners, most: Tensor, first_id: int) -> Tensor:
+    """[M] bool: whether slots from this one on, of at most such scores, come behind all that are found."""
+    least, last = found.scores[:, -1], found.ids[:, -1]
+    return (most < least) | ((most == least) & (last < first_id))
+
+
+def _within(found: Winners, range_: Range, topk: int) -> Winners:
+    """The best candidates in a range; where there are too few, -inf take their places."""
+    (start, end), (scores, ids, worth) = range_, found
+    count = min(topk, end - start)
+    if end - start < worth:
+        absent = (ids < start) | (ids >= end)
+        places = absent.to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
+        scores = scores.gather(1, places).masked_fill(absent.gather(1, places), -torch.inf)
+        ids = ids.gather(1, places).clamp(start, end - 1)
+    return Winners(scores[:, :count], ids[:, :count], worth)
+
+
+def _of_rows(found: Winners, rows: Tensor) -> Winners:
+    return Winners(found.scores[rows], found.ids[rows], found.worth)
+
+
+def _filled_up(found: Winners, count: int) -> Winners:
+    """With -inf for those that it has too few of."""
+    lacking = (0, count - found.ids.shape[1])
+    return Winners(pad(found.scores, lacking, value=-torch.inf), pad(found.ids, lacking), found.worth)
+
+
+def _best_of(found: Winners, other: Winners) -> tuple[Tensor, Tensor]:
+    """The best of both, of which no slot is in both: as many as the first has."""
+    scores, ids = (torch.cat(both, dim=1) for both in ((found.scores, other.scores), (found.ids, other.ids)))
+    scores, ids = _by_id(Winners(scores, ids, found.worth))
+    best, places = kernels.select_topk(scores, found.ids.shape[1])
+    return best, ids.gather(1, places)
 
 
 def _by_id(found: Winners) -> tuple[Tensor, Tensor]:

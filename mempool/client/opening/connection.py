@@ -75,7 +75,9 @@ class Connection:
         self.timeout_s = timeout_s
         self.router = Router(api, dial=dial, pool=where, timeout_s=timeout_s)
         self.coordinator = Coordinator(self.router)
-        self.direct = None if dial_at_once is None else Asking(self.router, dial_at_once, loop=loop.io_loop())
+        self.direct: Asking | None = None
+        if dial_at_once is not None:
+            self.direct = Asking(self.router, dial_at_once, loop=loop.io_loop(), here=where.embedded)
         self._on_close = on_close
         self._lock = threading.Lock()
         self._closed = False

@@ -52,5 +52,9 @@ class BegunGather(Told[tuple[Tensor, LookupRecord]]):
         self._remembering = remembering
         self.lease: Lease | None = remembering.lease()
 
+    def answered(self) -> tuple[Tensor, LookupRecord]:
+        """As ``result``, for whoever only looks at it: nobody is told."""
+        return self._pending.result()
+
     def hand_over(self) -> None:
         self._remembering.forget()

@@ -4,7 +4,8 @@ Legend: B bags, L pairs of all bags together, V value dim.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -18,9 +19,10 @@ from mempool.client.counts import as_count
 from mempool.client.experts.asked import Experts
 from mempool.client.gathers.hot_rows import HotRows
 from mempool.client.gathers.lease import Remembering
-from mempool.client.gathers.links import LINKS
+from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Markers
-from mempool.client.gathers.prefetched import Prefetched
+from mempool.client.gathers.parts import merged, part_of
+from mempool.client.gathers.prefetched import Prefetched, Room
 from mempool.client.gathers.window import Window
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.attempt import LookupRecord
@@ -149,12 +151,16 @@ class TableLink:
         )
 
     def _ask(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
+        answer = self._answer_to(bags, remember=remember)
+        self._looked(answer[1])
+        return answer
+
+    def _answer_to(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         session, reply_dtype, began_s = self.session, self._wire_dtype, time.monotonic()
         answer = session.gather_at_once(bags, remember=remember, reply_dtype=reply_dtype)
         if answer is None:
             timeout_s = session.left_s(began_s)
             answer = self.run(session.gather(bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s))
-        self._looked(answer[1])
         return answer
 
     def _looked(self, record: LookupRecord) -> None:
@@ -183,22 +189,53 @@ class TableLink:
             raise
         return BegunGather(pending, remembering, lambda answer: self._looked(answer[1]))
 
-    def prefetch(self, bags: Bags, *, remember: bool) -> bool:
-        """Start a gather whose answer a later one of the same bags takes; False where there is no room for it."""
+    def _gather_here(self, bags: Bags, *, remember: bool) -> BegunGather:
+        """As ``begin_gather``, done by this thread where shards are of this process: two threads less take turns."""
+        answer = None
+        if self.session.shards_are_here:
+            answer = self.session.gather_at_once(bags, remember=remember, reply_dtype=self._wire_dtype)
+        return self.begin_gather(bags, remember=remember) if answer is None else self._done(answer)
+
+    def _done(self, answer: tuple[Tensor, LookupRecord]) -> BegunGather:
+        done, remembering = Future[tuple[Tensor, LookupRecord]](), Remembering()
+        done.set_result(answer)
+        if answer[1].remembered_by:
+            remembering.remembered(self.release(answer[1]))
+        return BegunGather(done, remembering, lambda answer: self._looked(answer[1]))
+
+    def prefetch(self, bags: Bags, *, remember: bool, may_wait: bool = False) -> bool:
+        """Start a gather whose answer a later one of the same bags takes; False where there is no room for it.
+
+        may_wait: This thread has nothing better to do until the answer is there.
+        """
+        begin = self._gather_here if may_wait else self.begin_gather
+        return self._start_ahead([bags], lambda: [begin(bags, remember=remember)])
+
+    def prefetch_each(self, parts: Sequence[Bags]) -> bool:
+        """The same of several, of bags of one pair each, whose rows are asked for in one gather, each once. Waits for
+        its answer, and cuts it up: what is kept is what others can take."""
+
+        def ask() -> list[BegunGather]:
+            whole, places = merged(parts)
+            values, record = self._answer_to(whole, remember=False)
+            return [self._done(part_of(values, record, part, own)) for part, own in zip(parts, places, strict=True)]
+
+        return self._start_ahead(parts, ask)
+
+    def _start_ahead(self, parts: Sequence[Bags], ask: Callable[[], Sequence[PendingAnswer]]) -> bool:
         return self.prefetched.start(
-            bags,
-            self._bytes_of(bags),
+            [(part, self._bytes_of(part)) for part in parts],
             version=self.session.known_version,
             commits=self.session.commits,
             reply_dtype=self._wire_dtype,
-            ask=lambda: self.begin_gather(bags, remember=remember),
+            ask=ask,
         )
 
-    def reserve_ahead(self, num_rows: int) -> int | None:
-        """Keep room for a ``prefetch`` of at most so many bags of one pair each, until ``prefetched.release`` of the
-        bytes that this answers; None where there is not as much."""
+    def reserve_ahead(self, num_rows: int) -> Room | None:
+        """Keep room for a ``prefetch`` of at most so many bags of one pair each, until ``prefetched.release`` of it;
+        None where there is not as much."""
         num_bytes = num_rows * (8 + 8 + 4 * self.value_dim)
-        return num_bytes if self.prefetched.reserve(num_bytes, version=self.session.known_version) else None
+        return self.prefetched.reserve(num_bytes, version=self.session.known_version)
 
     def _bytes_of(self, bags: Bags) -> int:
         """Of a gather and its answer."""

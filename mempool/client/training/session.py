@@ -168,6 +168,11 @@ class Session:
                 self.coordinator.heartbeats.wake_from(self._direct.loop)
         return answer
 
+    @property
+    def shards_are_here(self) -> bool:
+        """Whether ``gather_at_once`` does the work of shards, instead of waiting for them."""
+        return self._direct is not None and self._direct.here
+
     def left_s(self, began_s: float) -> float | None:
         """Of the time of a call that was begun then at once; None: all."""
         return None if self._direct is None else self._direct.left_s(began_s)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mempool.client.keys.boxes import Box, Range, boxes, pairs_of
+
 if TYPE_CHECKING:
     from mempool.kernels import Paged
-
-Range = tuple[int, int]
-"""First half-key (or slot), and the one after the last."""
 
 
 class Found(NamedTuple):
@@ -88,31 +87,6 @@ def alias(parameter: Tensor) -> Tensor:
     return torch.utils.dlpack.from_dlpack(detached) if detached.device.type == "cpu" else detached
 
 
-def boxes(first: int, end: int, size: int, ways: int) -> list[tuple[Range, ...]]:
-    """The slots from ``first`` to before ``end`` as boxes of half-keys, by rising ids.
-
-    Those with a whole first half-key make one; what is left in the row before them and in the one after is cut in the
-    same way, by the next half-key. At most ``2 * ways - 1``, and one where all is there.
-    """
-    if first >= end:
-        return []
-    if ways == 0:
-        return [()]
-    worth = size ** (ways - 1)
-    (row, before), (last_row, after) = divmod(first, worth), divmod(end, worth)
-    if row == last_row:
-        return _with(row, boxes(before, after, size, ways - 1))
-    found = _with(row, boxes(before, worth, size, ways - 1)) if before else []
-    whole = row + 1 if before else row
-    if whole < last_row:
-        found.append(((whole, last_row), *[(0, size)] * (ways - 1)))
-    return found + _with(last_row, boxes(0, after, size, ways - 1))
-
-
-def _with(row: int, inner: list[tuple[Range, ...]]) -> list[tuple[Range, ...]]:
-    return [((row, row + 1), *box) for box in inner]
-
-
 def best_of(found: list[Found], topk: int, size: int) -> Found:
     """The best of boxes that come by rising ids."""
     from mempool.kernels import select_topk
@@ -171,7 +145,7 @@ def _pair(queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Foun
     return Found(scores, (index1, index2))
 
 
-def _best_in(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
+def _best_in(box: Box, queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
     """The k best of a box, or as many as it has."""
     from mempool.kernels import SCORING_PARTS, make_ready, parts_topk
 
@@ -192,28 +166,25 @@ def _best_in(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, d
     return _merged(box, queries, keys, topk, deterministic)
 
 
-def _merged(box: tuple[Range, ...], queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
+def _merged(box: Box, queries: Tensor, keys: Tensor, topk: int, deterministic: bool) -> Found:
     """As ``_best_in``, of pairs."""
     size, width = keys.shape[2:]
-    lists, first = [], 0
-    while first < len(box):
+    lists = []
+    for parts in pairs_of(box, size, topk):
         # Where the first codebook of a pair is cut, NaN take the places of what is cut off, behind what is left: they
         # never win over a number, nor over NaN before them. It needs as many numbers as are taken of a codebook.
-        start, end = box[first]
-        paired = box[first + 1 : first + 2] == ((0, size),) and end - start >= min(topk, size)
-        parts = slice(first, first + 1 + paired)
+        start, end = box[parts.start]
         own, codebooks = queries[..., parts.start * width : parts.stop * width], keys[:, parts]
-        if paired:
-            if end - start < size:
-                codebooks = codebooks.clone()
-                codebooks[:, 0, : end - start] = keys[:, first, start:end]
-                codebooks[:, 0, end - start :] = torch.nan
-            k = min(topk, (end - start) * size)
-            scores, (rows, columns) = _pair(own.contiguous(), codebooks.contiguous(), k, deterministic)
-            lists.append(Found(scores, (rows + start, columns)))
-        else:
-            lists.append(_part(own, codebooks[:, 0], box[first], topk, deterministic))
-        first = parts.stop
+        if parts.stop - parts.start == 1:
+            lists.append(_part(own, codebooks[:, 0], box[parts.start], topk, deterministic))
+            continue
+        if end - start < size:
+            codebooks = codebooks.clone()
+            codebooks[:, 0, : end - start] = keys[:, parts.start, start:end]
+            codebooks[:, 0, end - start :] = torch.nan
+        k = min(topk, (end - start) * size)
+        scores, (rows, columns) = _pair(own.contiguous(), codebooks.contiguous(), k, deterministic)
+        lists.append(Found(scores, (rows + start, columns)))
     found = lists[0]
     for other in lists[1:]:
         found = _best_sums(_by_id(found, size), _by_id(other, size), topk)

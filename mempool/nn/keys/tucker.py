@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mempool.client.keys.boxes import Box, boxes
 from mempool.errors import InvalidRequest
 from mempool.nn.keys.dots import dots, parts_of
-from mempool.nn.keys.product import Found, Range, alias, best_keys, best_of, boxes, some_of
+from mempool.nn.keys.product import Found, alias, best_keys, best_of, some_of
 from mempool.nn.scoring import unit_rms
 
 # Scores of pairs held at once.
@@ -166,7 +167,7 @@ def _at_ends(queries_BD: Tensor, keys_ND: Tensor, probes: int, deterministic: bo
 
 
 def _best_in(
-    box: tuple[Range, ...], queries: Tensor, keys: Tensor, core: Tensor, probes: int, topk: int, deterministic: bool
+    box: Box, queries: Tensor, keys: Tensor, core: Tensor, probes: int, topk: int, deterministic: bool
 ) -> Found:
     from mempool.kernels import select_topk
 

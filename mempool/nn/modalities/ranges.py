@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from mempool.client.keys.boxes import Range
 from mempool.errors import InvalidRequest
-from mempool.nn.keys.product import Range
 
 
 def visible_ranges(

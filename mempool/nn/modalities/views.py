@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mempool.client import Table
+from mempool.client.keys.boxes import Range
 from mempool.nn.choice import Scores
 from mempool.nn.keys.options import KeyOptions
-from mempool.nn.keys.product import Range
 from mempool.nn.layer import MemoryLayer
 from mempool.nn.scoring import product_topk, unit_rms
 

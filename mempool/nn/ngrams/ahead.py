@@ -8,7 +8,7 @@ from functools import cache
 from queue import Empty, SimpleQueue
 from typing import Generic, Self, TypeVar
 
-from mempool.types.running import ONLY_WHEN_RUNG, THREADS
+from mempool.types.running import ONLY_WHEN_RUNG, THREADS, has_interrupted_one
 
 T = TypeVar("T")
 
@@ -37,9 +37,19 @@ class Ahead(Generic[T]):
         return done
 
     def result(self) -> T | None:
-        """Waits for what is being done. None where it was not begun, and is not any more, or has failed; and in a
-        process that was forked, as the thread is its parent's."""
-        if os.getpid() != self._pid or self.cancel():
+        """Waits for what is being done. None where it was not begun, and is not any more, or has failed; in a process
+        that was forked, as the thread is its parent's; and in a signal's handler that has interrupted what the thread
+        may be waiting for."""
+        return None if os.getpid() != self._pid or self.cancel() else self._waited()
+
+    def begun(self) -> T | None:
+        """As ``result``; but what was not begun will be."""
+        if os.getpid() != self._pid or not (self._done.running() or self._done.done()) or self._done.cancelled():
+            return None
+        return self._waited()
+
+    def _waited(self) -> T | None:
+        if not self._done.done() and has_interrupted_one():
             return None
         return None if self._done.exception() is not None else self._done.result()
 
@@ -76,7 +86,7 @@ class _Helper:
     def _turn(self) -> float:
         with suppress(Empty):
             self._waiting.get_nowait().do()
-        return ONLY_WHEN_RUNG
+        return ONLY_WHEN_RUNG if self._waiting.empty() else 0.0  # who was interrupted has not rung
 
 
 @cache

@@ -6,9 +6,10 @@ tokens, U rows asked for, V value dim.
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from mempool.client.gathers.untraced import untraced
 from mempool.errors import InvalidRequest
 from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
 from mempool.nn.ngrams.ahead import Ahead
+from mempool.nn.ngrams.early import Asked, Batch, Early
 from mempool.nn.ngrams.hashing import Multipliers, NgramHash, checked_multipliers
 from mempool.nn.ngrams.packing import Packing, Places, places_of
 from mempool.nn.ngrams.sizes import LR_FACTOR, Ngrams
@@ -29,10 +31,8 @@ from mempool.nn.values import LayerLink, follows, values_parameter
 from mempool.types.bags import Bags
 
 _VERSION = "table_version"
-_OF_THIS_ONE = ("_link", "_copied", "_ahead")
+_OF_THIS_ONE = ("_link", "_copied", "_early")
 """What a copy has of its own."""
-_MAX_AHEAD = 255
-"""Prefetched and not taken, besides the newest: their answers are bounded by the table's."""
 _WORTH = 0.75
 """Each slot travels once where those are at most so many of all: to lay the rows out again costs a copy of them. A
 judgement: of 65,536 pairs a tenth saved cost more than it spared (19 ms to lay out, 9 ms of the gather)."""
@@ -52,37 +52,6 @@ class NgramRows:
     values: Tensor
     positions: Tensor
     real: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
-    """Attributes:
-    bags: Of one id each: distinct ones; or of all R * S, where nearly all are.
-    order: [R * S]: which of the rows each is; None: as they come.
-    """
-
-    bags: Bags
-    order: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Prefetched:
-    """Attributes:
-    tokens: [B, T] int64 on the CPU, 0 for padding.
-    commits: Of this client's steps, when it was asked for.
-    asked: What is asked for, or will be.
-    """
-
-    tokens: Tensor
-    places: Places
-    commits: int
-    asked: Ahead[_Asked]
-
-    def of(self, tokens: Tensor, places: Places) -> bool:
-        """Whether it is what these ask for."""
-        mine, real = self.places, places.real
-        same_real = mine.real is real or (mine.real is not None and real is not None and torch.equal(mine.real, real))
-        return same_real and torch.equal(self.tokens, tokens) and torch.equal(mine.positions, places.positions)
 
 
 class NgramLookup(nn.Module):
@@ -170,7 +139,7 @@ class NgramLookup(nn.Module):
         self.values = values_parameter(device=device, dtype=dtype)
         self._link = LayerLink(table, self.values)
         self._copied: CopyCaution | None = None
-        self._ahead: list[_Prefetched] = []  # prefetched and not taken
+        self._early = Early()
         self._late_told = False
 
     @property
@@ -210,8 +179,7 @@ class NgramLookup(nn.Module):
         if self._copied is not None:
             self._copied.before_call(self)
         refuse_transforms(self._link)
-        here, places = self._given(tokens, packing)
-        asked = self._taken(here, places) or self._asked(here, places)
+        asked, places = self._prefetched(tokens, packing)
         rows = pooled_gather(
             self._link,
             anchor=self.values,
@@ -224,11 +192,10 @@ class NgramLookup(nn.Module):
         )
         if asked.order is not None:
             rows = F.embedding(asked.order.to(tokens.device), rows)
-        rows = rows.reshape(-1, self.width)
         real = places.real
         if real is not None:
             where = torch.nonzero(real.reshape(-1)).reshape(-1).to(tokens.device)
-            rows = rows.new_zeros(tokens.numel(), self.width).index_copy(0, where, rows)
+            rows = rows.new_zeros(tokens.numel(), self.width).index_copy(0, where, rows.view(-1, self.width))
         positions = places.positions.view(tokens.shape).to(tokens.device)
         return NgramRows(
             rows.view(*tokens.shape, self.width),
@@ -249,59 +216,97 @@ class NgramLookup(nn.Module):
         Raises:
             InvalidRequest: As a call.
         """
-        here, places = self._given(tokens, packing)
+        return self._start([self._batch(tokens, packing)])
+
+    @untraced
+    def prefetch_all(self, batches: Sequence[Tensor | Mapping[str, Tensor | None]]) -> bool:
+        """As ``prefetch``, of all micro-batches of a step: one fetch for all, each slot of them read once.
+
+        Args:
+            batches: Of each its tokens, or a dict of its "tokens" and packing.
+
+        Raises:
+            InvalidRequest: As a call with any of them; nothing was started.
+            MempoolError: Where room is scarce they are read by this call, which is told as any look-up is.
+        """
+        if isinstance(batches, (Tensor, Mapping)):
+            raise InvalidRequest("batches must be a list of micro-batches; prefetch(tokens) is of one")
+        given = [dict(each) if isinstance(each, Mapping) else {"tokens": each} for each in batches]
+        for number, each in enumerate(given):
+            unknown = sorted(each.keys() - {"tokens", *Packing.__annotations__})
+            if each.get("tokens") is None or unknown:
+                wrong = f"unknown {', '.join(unknown)}" if unknown else 'no "tokens"'
+                raise InvalidRequest(
+                    f"batches[{number}] has {wrong}: give a tensor, or a dict of tokens and of packing"
+                    f" ({', '.join(Packing.__annotations__)})"
+                )
+        made: list[Batch] = []
+        for number, each in enumerate(given):
+            try:
+                made.append(self._batch(cast("Tensor", each.pop("tokens")), cast("Packing", each)))
+            except InvalidRequest as error:
+                raise InvalidRequest(f"batches[{number}]: {error}") from None
+        return self._start(made) if made else True
+
+    def _start(self, batches: list[Batch]) -> bool:
         link = self.table.link
         commits = link.session.commits
-        self._ahead = [each for each in self._ahead if each.commits == commits][-_MAX_AHEAD:]
+        self._early.keep(commits)
         remember = self.training and torch.is_grad_enabled() and self.table.requires_grad
-        count = here.numel() if places.real is None else int(places.real.sum())
-        reserved = link.reserve_ahead(count * self.ngrams.columns)
+
+        def start(asked: list[Asked], may_wait: bool) -> bool:
+            bags = [each.bags for each in asked if each.bags.num_pairs]
+            if len(bags) > 1:
+                return link.prefetch_each(bags)
+            return not bags or link.prefetch(bags[0], remember=remember, may_wait=may_wait)
+
+        reserved = link.reserve_ahead(sum(each.num_real for each in batches) * self.ngrams.columns)
         if reserved is None:  # but each slot may be there many times: what it takes is known once they are
-            now = self._asked(here, places)
-            started = not now.bags.num_pairs or link.prefetch(now.bags, remember=remember)
+            now = [self._asked(each) for each in batches]
+            started = start(now, may_wait=False)
             if started:
-                self._ahead.append(_Prefetched(here, places, commits, Ahead.of(now)))
+                self._early.add(batches, commits, Ahead.of(now))
             return started
 
-        def ask() -> _Asked:
+        def ask() -> list[Asked]:
             try:
-                asked = self._asked(here, places)
+                asked = [self._asked(each) for each in batches]
             finally:
                 link.prefetched.release(reserved)
-            if asked.bags.num_pairs:
-                link.prefetch(asked.bags, remember=remember)
+            start(asked, may_wait=True)
             return asked
 
-        never = partial(link.prefetched.release, reserved)
-        self._ahead.append(_Prefetched(here, places, commits, Ahead(ask, never=never)))
+        self._early.add(batches, commits, Ahead(ask, never=partial(link.prefetched.release, reserved)))
         return True
 
-    def _given(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Places]:
-        """[B, T] int64 on the CPU, 0 for padding, and where they are."""
+    def _batch(self, tokens: Tensor, packing: Packing) -> Batch:
         places = places_of(_checked_tokens(tokens), **packing)
-        return self._checked(tokens, places), places
+        return Batch(self._checked(tokens, places), places, _is_plain(packing))
 
-    def _taken(self, tokens: Tensor, places: Places) -> _Asked | None:
-        """What was prefetched for the same, once."""
-        ahead = next((each for each in self._ahead if each.of(tokens, places)), None)
-        if ahead is None:
-            return None
-        self._ahead.remove(ahead)
-        if ahead.commits != self.table.link.session.commits:
+    def _prefetched(self, tokens: Tensor, packing: Packing) -> tuple[Asked, Places]:
+        """What was prefetched for the same, once; or is to be asked for now."""
+        _checked_tokens(tokens)
+        started = self._early.take(lambda batch: batch.is_plainly(tokens)) if _is_plain(packing) else None
+        if started is None:
+            batch = self._batch(tokens, packing)
+            started = self._early.take(batch.is_as)
+            if started is None:
+                return self._asked(batch), batch.places
+        if started.commits != self.table.link.session.commits:
             self._tell_late()
-        return ahead.asked.result()
+        return started.taken() or self._asked(started.batch), started.batch.places
 
-    def _asked(self, tokens: Tensor, places: Places) -> _Asked:
-        slots = self._hashed(tokens, places)
-        if places.real is not None:
-            slots = slots[places.real]
+    def _asked(self, batch: Batch) -> Asked:
+        slots = self._hashed(batch.tokens, batch.places)
+        if batch.places.real is not None:
+            slots = slots[batch.places.real]
         flat = slots.reshape(-1)
         distinct, order = torch.unique(flat, return_inverse=True)
         ids, where = (flat, None) if distinct.numel() > _WORTH * flat.numel() else (distinct, order)
         own_ids, _, offsets = checked_bags(
             ids.view(-1, 1), None, None, num_slots=self.table.num_slots, table=self.table.name
         )
-        return _Asked(Bags(ids=own_ids, weights=None, offsets=offsets), where)
+        return Asked(Bags(ids=own_ids, weights=None, offsets=offsets), where)
 
     def _tell_late(self) -> None:
         if not self._late_told:
@@ -314,15 +319,17 @@ class NgramLookup(nn.Module):
 
     def _checked(self, tokens: Tensor, places: Places) -> Tensor:
         """[B, T] int64 on the CPU, 0 for padding; not the caller's."""
-        here = tokens.detach().to("cpu", torch.int64, copy=True).view(places.positions.shape)
+        here = tokens.to("cpu", torch.int64, copy=True)
+        if here.shape != places.positions.shape:
+            here = here.reshape(places.positions.shape)
         if places.real is not None:
             here.masked_fill_(~places.real, 0)
         low, high = torch.aminmax(here) if here.numel() else (0, 0)
         if int(low) < 0 or int(high) >= self.vocab_size:
             outside = (here < 0) | (here >= self.vocab_size)
-            at = torch.nonzero(outside.view(tokens.shape))[0].tolist()
+            at = torch.nonzero(outside.reshape(tokens.shape))[0].tolist()
             raise InvalidRequest(
-                f"tokens{at} = {int(here.view(tokens.shape)[tuple(at)])} is outside the vocabulary of"
+                f"tokens{at} = {int(here.reshape(tokens.shape)[tuple(at)])} is outside the vocabulary of"
                 f" {self.vocab_size} (0 to {self.vocab_size - 1}) of table {self.table.name!r}'s n-grams; padding is"
                 " said by mask"
             )
@@ -404,21 +411,19 @@ class NgramLookup(nn.Module):
         if len(parts) == len(found):  # a part of a hash is none
             for _, part, own in parts:
                 own.copy_(part)
-            for ahead in self._ahead:
-                ahead.asked.cancel()
-            self._ahead = []
+            self._early.drop()
         self.table.link.expect(copied_version(local_metadata.get(_VERSION)), whose="a model")
 
     def __copy__(self) -> Self:
         clone = type(self).__new__(type(self))
-        clone.__dict__.update(self.__dict__, _ahead=[])
+        clone.__dict__.update(self.__dict__, _early=Early())
         return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         state = {name: part for name, part in self.__dict__.items() if name not in _OF_THIS_ONE}
-        clone.__dict__.update(copy.deepcopy(state, memo), _ahead=[])
+        clone.__dict__.update(copy.deepcopy(state, memo), _early=Early())
         clone._link, clone._copied = LayerLink(self.table, clone.values), CopyCaution(clone, self.table.name)
         return clone
 
@@ -437,6 +442,11 @@ def _require_fitting(table: Table, ngrams: object) -> None:
             f"table {table.name!r} has {table.num_slots:_} slots, and these n-grams need exactly"
             f" {ngrams.num_slots:_} (the sum of their primes): make it with ngrams.table_config({table.name!r}, ...)"
         )
+
+
+def _is_plain(packing: Packing) -> bool:
+    """Whether nothing is said of where sequences are."""
+    return all(each is None for each in packing.values())
 
 
 def _checked_tokens(tokens: object) -> Tensor:

@@ -4,6 +4,7 @@ Rows come from ``lookup``. Legend: B batch, T tokens, D dim, W width of a token'
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import torch
@@ -118,6 +119,10 @@ class NgramMemory(nn.Module):
     def prefetch(self, tokens: Tensor, **packing: Unpack[Packing]) -> bool:
         """``lookup.prefetch``: start reading before the forward pass, after the step before."""
         return self.lookup.prefetch(tokens, **packing)
+
+    def prefetch_all(self, batches: Sequence[Tensor | Mapping[str, Tensor | None]]) -> bool:
+        """``lookup.prefetch_all``: all micro-batches of a step, in one fetch."""
+        return self.lookup.prefetch_all(batches)
 
     def forward(self, hidden: Tensor, tokens: Tensor | NgramRows, **packing: Unpack[Packing]) -> Tensor:
         """What the memory adds to ``hidden``.

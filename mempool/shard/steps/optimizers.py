@@ -90,6 +90,8 @@ def kernel_needs(schema: TableSchema, device: torch.device) -> Needs:
         plain=step.plain,
         master=schema.master,
         dense=schema.optimizer.dense,
+        # Whoever may ask for them: only rows laid out whole are experts, and keys of another table are none.
+        experts=schema.layout == "rows" and schema.value_dim > 1 and not isinstance(schema.keys, OwnKeySpec),
         keys=_scored(schema),
         device=device.type,
         ids="int32" if id_dtype(schema) == torch.int32 else "int64",

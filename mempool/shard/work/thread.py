@@ -210,10 +210,11 @@ class EngineThread:
                 return self._at_once(stage, read, request, caller, cost)
             finally:
                 self._at_work.release()
-        if self._reader == threading.get_ident() and self._at_work.locked():
+        me = threading.get_ident()
+        if self._reader == me and self._at_work.locked():
             return None  # to a signal's handler: what it has interrupted holds the shard, and would be waited for
         with self._at_work:
-            self._reader = threading.get_ident()
+            self._reader = me  # no call in between, after which a handler may come: it would not know itself
             return self._at_once(stage, read, request, caller, cost)
 
     @holds_others_up

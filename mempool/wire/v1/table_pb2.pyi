@@ -329,8 +329,8 @@ class TrainedKeySpec(_message.Message):
     of that head and part. Otherwise flat keys, row i is the key of slot i; or with `groups` hierarchical keys.
     """
     ways: _builtins.int
-    """Parts of a product key, each of a codebook of n half-keys, n^ways being the slots of the table whose keys they are (of
-    two parts n is the least with n^2 at least as many: products beyond the last slot are none); 2 where it is not set.
+    """Parts of a product key, each of a codebook of n half-keys, n the least with n^ways at least the slots of the table
+    whose keys they are: products beyond the last slot are none. 2 where it is not set.
     """
     groups: _builtins.int
     """Hierarchical keys, which queries of any number of heads share: the slots are in so many groups of s = ceil(slots / groups)

@@ -124,9 +124,9 @@ def test_an_optimizer_with_fields(command: Command) -> None:
         (["--keys", "tree"], 1, "TableConfig.keys.type = 'tree' must be one of 'product', 'flat', 'hierarchical'"),
         (["--keys", "product", "--ways", 3], 1, "TableConfig.keys.key_dim = 128 is no multiple of 3"),
         (
-            ["--keys", "product", "--ways", 3, "--key-dim", 96, "--slots", 4097],
+            ["--keys", "product", "--ways", 8, "--key-dim", 96, "--slots", 255],
             1,
-            "3 parts need n at least 2. Nearest:",
+            "must be at least 256 (2^8): two half-keys in each codebook",
         ),
         (["--keys", "flat"], 1, "heads = 4, and the keys in the pool are of 1: give as many"),
         (["--keys", "product", "--key-optimizer", "adam,lr"], 2, "--key-optimizer 'adam,lr': 'lr' is no FIELD=VALUE"),

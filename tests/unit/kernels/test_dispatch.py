@@ -405,12 +405,13 @@ def test_warm_up_leaves_nothing_to_compile():
         from mempool import kernels
         from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, RandomRounding
         from mempool.kernels.cpu import admission, bags, initial, rows, sorting, updates
+        from mempool.kernels.cpu.experts import passes
         from mempool.kernels.cpu.scoring import flat, topk
         kernels.warm_up()
         def compiled():
             return {
                 (module.__name__, name): len(kernel.signatures)
-                for module in (admission, bags, flat, initial, rows, sorting, topk, updates)
+                for module in (admission, bags, flat, initial, passes, rows, sorting, topk, updates)
                 for name, kernel in vars(module).items()
                 if hasattr(kernel, "signatures")
             }
@@ -431,6 +432,9 @@ def test_warm_up_leaves_nothing_to_compile():
             paged = arena(element)
             for weights in (None, torch.ones(4)):
                 kernels.weighted_sum(paged, ids, weights, offsets, dtype=torch.bfloat16)
+                for act in kernels.EXPERT_ACTS:
+                    kernels.expert_sums(paged, ids, weights, offsets, torch.ones(1, 2), act=act)
+                    kernels.expert_gradients(paged, ids, weights, offsets, torch.ones(1, 5), 2, act=act)
                 pairs = kernels.sort_pairs(paged, ids)
                 kernels.segment_sum(pairs, weights, bag, torch.ones(1, 5))
                 for algorithm in kernels.ALGORITHMS:

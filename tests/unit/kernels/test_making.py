@@ -68,13 +68,14 @@ def test_a_table_of_any_kind_loads_no_kernel_after_it_was_made():
     run(
         """
         import torch, mempool
-        from mempool import optim
+        from mempool import kernels, optim
         from mempool.kernels.cpu import admission, bags, initial, rows, sorting, updates
+        from mempool.kernels.cpu.experts import passes
         from mempool.kernels.cpu.scoring import flat, topk
         def loaded():
             return {
                 name: len(kernel.signatures)
-                for module in (admission, bags, flat, initial, rows, sorting, topk, updates)
+                for module in (admission, bags, flat, initial, passes, rows, sorting, topk, updates)
                 for name, kernel in vars(module).items()
                 if hasattr(kernel, "signatures")
             }
@@ -85,12 +86,16 @@ def test_a_table_of_any_kind_loads_no_kernel_after_it_was_made():
             "flat": dict(optimizer=optim.SGD(lr=0.1, momentum=0.9), dtype="bfloat16", keys=mempool.FlatKeys(key_dim=8)),
             "product": dict(optimizer=optim.SGD(lr=0.1), keys=mempool.ProductKeys(heads=2, key_dim=8)),
         }
+        queries = {"flat": torch.ones(2, 8), "product": torch.ones(2, 2, 8)}
+        kernels.make_ready(kernels.SCORING)  # of the trainer's keys, as a layer of experts has
         with mempool.local() as pool:
             for name, fields in kinds.items():
                 table = pool.create_table(mempool.TableConfig(name=name, num_slots=16, value_dim=8, **fields))
                 before = loaded()
-                if "keys" in fields:
-                    table.lookup(torch.ones(2, 8) if name == "flat" else torch.ones(2, 2, 8), topk=2)
+                if name in queries:
+                    table.lookup(queries[name], topk=2)
+                if table.schema.layout == "rows":
+                    mempool.nn.PEERLayer(4, table=table, heads=1, topk=2, key_dim=4)(torch.ones(2, 4)).sum().backward()
                 optimizer = optim.PoolOptimizer([table])
                 for max_norm in (None, 1.0):
                     optimizer.zero_grad()

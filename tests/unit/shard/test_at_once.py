@@ -473,3 +473,24 @@ def test_a_handler_that_asks_does_not_wait_for_what_it_has_interrupted(
         signal.signal(signal.SIGUSR1, before)
     assert found == ["the handler runs", None]
     assert begun(engine, asked(driver)) is not None
+
+
+def test_whoever_has_the_shard_is_known_wherever_a_handler_may_come(make_driver: MakeDriver) -> None:
+    """Another thread read last: the handler must see that its own thread has the shard now, or it waits for itself."""
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    reader = threading.Thread(target=begun, args=(engine, asked(driver)))
+    reader.start()
+    reader.join(BOUND_S)
+    thread, me, unknown = engine._thread, threading.get_ident(), []
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if frame.f_code.co_name == "at_once" and event == "c_return" and thread._at_work.locked():
+            unknown.append(thread._reader != me)
+
+    sys.setprofile(look)
+    try:
+        assert begun(engine, asked(driver)) is not None
+    finally:
+        sys.setprofile(None)
+    assert not any(unknown)

@@ -160,12 +160,8 @@ def test_groups_that_cannot_be_are_refused(changes: dict[str, Any], message: str
             r"keys\.key_dim = 8 is no multiple of 3; .* Nearest: 6 or 9\.",
         ),
         (
-            replace(PLAIN, keys=replace(TRAINED, product=True, ways=3)),
-            r"num_slots = 100 is no n\^3; .* 3 parts need n at least 2\. Nearest: 64 \(4\^3\) or 125 \(5\^3\)",
-        ),
-        (
-            replace(PLAIN, num_slots=1, stride=1, keys=replace(TRAINED, product=True, ways=3)),
-            r"num_slots = 1 is no n\^3; .* Nearest: 8 \(2\^3\)\.",
+            replace(PLAIN, num_slots=7, stride=0, keys=replace(TRAINED, product=True, ways=3)),
+            r"num_slots = 7 must be at least 8 \(2\^3\): two half-keys in each codebook of product keys of 3 parts",
         ),
         (
             replace(PRODUCT, num_slots=101, stride=0),

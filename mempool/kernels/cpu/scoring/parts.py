@@ -14,16 +14,88 @@ from torch import Tensor
 
 from mempool.kernels.cpu.runtime import Array, kernel, serial, spread, use_threads, view
 from mempool.kernels.cpu.scoring.scores import TILE_KEYS
-from mempool.kernels.cpu.scoring.selection import scratch, select
+from mempool.kernels.cpu.scoring.selection import select
 from mempool.kernels.cpu.scoring.topk import (
     MOST_IDS,
     packed,
-    pair_scratch,
     pairs_of,
     queries_of_task,
     score_codebook,
     select_pairs,
+    task_scratch,
 )
+
+
+@serial
+def _merge_parts(
+    query: int,
+    values: Array,
+    index: Array,
+    num_keys: int,
+    pairs: Array,
+    merging: Any,
+    list_scores: Array,
+    list_ids: Array,
+    chosen: Array,
+) -> bool:
+    """The best sums of one half-key of each part, by the k best of each; False where a pair is left open.
+
+    Args:
+        query: Of those whose best are given.
+        values: Scores, [P, queries, k], best first.
+        index: Their half-keys, [P, queries, k].
+        num_keys: Half-keys of a part.
+        pairs, merging: As of ``select_pairs``.
+        list_scores: Scratch [3, k], whose first row gets the scores.
+        list_ids: Scratch [3, k], whose first row gets the ids.
+        chosen: Scratch [2, k].
+    """
+    num_parts, _, k = values.shape
+    for part in range(0, num_parts, 2):
+        # The list of this pair, or of a last part alone; then that of all before it together with it.
+        into = 0 if part == 0 else 1
+        stride = num_keys
+        if part + 1 < num_parts:
+            stride *= num_keys
+            decided = select_pairs(
+                values[part, query],
+                index[part, query],
+                values[part + 1, query],
+                index[part + 1, query],
+                num_keys,
+                pairs,
+                merging,
+                list_scores[into],
+                chosen[0],
+                chosen[1],
+            )
+            if not decided:
+                return False
+            for place in range(k):
+                list_ids[into, place] = chosen[0, place] * num_keys + chosen[1, place]
+        else:
+            for place in range(k):
+                list_scores[into, place] = values[part, query, place]
+                list_ids[into, place] = index[part, query, place]
+        if part > 0:
+            decided = select_pairs(
+                list_scores[0],
+                list_ids[0],
+                list_scores[1],
+                list_ids[1],
+                stride,
+                pairs,
+                merging,
+                list_scores[2],
+                chosen[0],
+                chosen[1],
+            )
+            if not decided:
+                return False
+            for place in range(k):
+                list_scores[0, place] = list_scores[2, place]
+                list_ids[0, place] = chosen[0, place] * stride + chosen[1, place]
+    return True
 
 
 @serial
@@ -40,17 +112,14 @@ def _score_parts(
 ) -> None:
     """Some queries of one head: the best of each part, of each pair of them, of all."""
     num_parts, num_queries, _, k = out_index.shape
-    num_panels, num_dims = panels.shape[1], panels.shape[2] // TILE_KEYS
     tasks = (num_queries + task_queries - 1) // task_queries
     head, first = task // tasks, task % tasks * task_queries
     held = min(task_queries, num_queries - first)
-    width = num_panels * TILE_KEYS
-    own = np.empty(task_queries * width, dtype=np.float32)
-    group = np.empty(task_queries * num_dims, dtype=np.float32)
-    orders, maxima, found, ranks, places = scratch(num_keys, k)
-    pair_orders, pair_ranks, pair_places, slots = pair_scratch(pairs.shape[0], k)
-    values = np.empty((num_parts, task_queries, k), dtype=np.float32)
-    index = np.empty((num_parts, task_queries, k), dtype=np.int64)
+    width = panels.shape[1] * TILE_KEYS
+    own, group, selecting, merging, values, index = task_scratch(
+        task_queries, panels, num_parts, num_keys, k, pairs.shape[0], k
+    )
+    orders, maxima, found, ranks, places = selecting
     for part in range(num_parts):
         codebook = num_parts * head + part
         score_codebook(queries, first, held, codebook, panels[codebook], group, own)
@@ -64,58 +133,7 @@ def _score_parts(
     list_scores, list_ids = np.empty((3, k), dtype=np.float32), np.empty((3, k), dtype=np.int64)
     chosen = np.empty((2, k), dtype=np.int64)
     for query in range(held):
-        decided = True
-        for part in range(0, num_parts, 2):
-            # The list of this pair, or of a last part alone; then that of all before it together with it.
-            into = 0 if part == 0 else 1
-            stride = num_keys
-            if part + 1 < num_parts:
-                stride *= num_keys
-                decided = decided and select_pairs(
-                    values[part, query],
-                    index[part, query],
-                    values[part + 1, query],
-                    index[part + 1, query],
-                    num_keys,
-                    pairs,
-                    pair_orders,
-                    pair_ranks,
-                    pair_places,
-                    slots,
-                    list_scores[into],
-                    chosen[0],
-                    chosen[1],
-                )
-                if not decided:
-                    break
-                for place in range(k):
-                    list_ids[into, place] = chosen[0, place] * num_keys + chosen[1, place]
-            else:
-                for place in range(k):
-                    list_scores[into, place] = values[part, query, place]
-                    list_ids[into, place] = index[part, query, place]
-            if part > 0:
-                decided = select_pairs(
-                    list_scores[0],
-                    list_ids[0],
-                    list_scores[1],
-                    list_ids[1],
-                    stride,
-                    pairs,
-                    pair_orders,
-                    pair_ranks,
-                    pair_places,
-                    slots,
-                    list_scores[2],
-                    chosen[0],
-                    chosen[1],
-                )
-                if not decided:
-                    break
-                for place in range(k):
-                    list_scores[0, place] = list_scores[2, place]
-                    list_ids[0, place] = chosen[0, place] * stride + chosen[1, place]
-        if not decided:
+        if not _merge_parts(query, values, index, num_keys, pairs, merging, list_scores, list_ids, chosen):
             out_index[0, first + query, head, 0] = -1
             continue
         for place in range(k):

@@ -83,10 +83,7 @@ def select_pairs(
     index2: Array,
     num_keys: int,
     pairs: Array,
-    orders: Array,
-    ranks: Array,
-    places: Array,
-    slots: Array,
+    merging: Any,
     out_scores: Array,
     out1: Array,
     out2: Array,
@@ -94,8 +91,9 @@ def select_pairs(
     """The k best sums of the winners of both halves, by (score descending, id ascending).
 
     Returns False, with nothing written, where that takes more than this: sums that are not finite, or more ties for the
-    last place than there is room for.
+    last place than there is room for. Its scratch is ``merging``, as of ``task_scratch``.
     """
+    orders, ranks, places, slots = merging
     k, half_k, num_pairs = out1.shape[0], values1.shape[0], pairs.shape[0]
     # Sums fall along rows and columns where they are finite. Others could be inf - inf.
     high, low = values1[0] + values2[0], values1[half_k - 1] + values2[half_k - 1]
@@ -133,14 +131,30 @@ def select_pairs(
 
 
 @serial
-def pair_scratch(num_pairs: int, k: int) -> Any:
-    """What select_pairs needs beside the winners of both halves."""
+def task_scratch(
+    task_queries: int, panels: Array, num_parts: int, num_keys: int, num_best: int, num_pairs: int, k: int
+) -> Any:
+    """What a task of queries needs that keeps the best of each of a head's parts, and merges pairs of them.
+
+    Returns:
+        Scores of a part, and the queries' columns of it; what ``select`` needs, what ``select_pairs`` needs; scores and
+        half-keys of the best, [parts, queries, best].
+    """
+    num_panels, num_dims = panels.shape[1], panels.shape[2] // TILE_KEYS
     room = 2 * k + 64
-    return (
+    merging = (
         np.empty(max(padded(num_pairs), padded(room)), dtype=np.int32),
         np.empty(padded(room), dtype=np.int64),
         np.empty(room, dtype=np.int64),
         np.empty(room, dtype=np.int64),
+    )
+    return (
+        np.empty(task_queries * num_panels * TILE_KEYS, dtype=np.float32),
+        np.empty(task_queries * num_dims, dtype=np.float32),
+        scratch(num_keys, num_best),
+        merging,
+        np.empty((num_parts, task_queries, num_best), dtype=np.float32),
+        np.empty((num_parts, task_queries, num_best), dtype=np.int64),
     )
 
 
@@ -231,17 +245,15 @@ def _score_part(
 ) -> None:
     """Some queries of one head: their scores of one half after the other, the best of each, the best pairs."""
     num_queries, k = out_scores.shape[0], out_scores.shape[2]
-    num_panels, num_dims = panels.shape[1], panels.shape[2] // TILE_KEYS
+    num_panels = panels.shape[1]
     num_parts = (num_queries + task_queries - 1) // task_queries
     head, first = task // num_parts, task % num_parts * task_queries
     held = min(task_queries, num_queries - first)
     width = num_panels * TILE_KEYS
-    own = np.empty(task_queries * width, dtype=np.float32)
-    group = np.empty(task_queries * num_dims, dtype=np.float32)
-    orders, maxima, found, ranks, places = scratch(num_keys, half_k)
-    pair_orders, pair_ranks, pair_places, slots = pair_scratch(pairs.shape[0], k)
-    values = np.empty((2, task_queries, half_k), dtype=np.float32)
-    index = np.empty((2, task_queries, half_k), dtype=np.int64)
+    own, group, selecting, merging, values, index = task_scratch(
+        task_queries, panels, 2, num_keys, half_k, pairs.shape[0], k
+    )
+    orders, maxima, found, ranks, places = selecting
     for half in range(2):
         codebook = 2 * head + half
         if num_panels > 0:
@@ -262,10 +274,7 @@ def _score_part(
             index[1, query],
             num_keys,
             pairs,
-            pair_orders,
-            pair_ranks,
-            pair_places,
-            slots,
+            merging,
             out_scores[first + query, head],
             out1[first + query, head],
             out2[first + query, head],

@@ -264,6 +264,8 @@ class Scripted:
         self._meanwhile()
         return torch.ones(5, 12), SimpleNamespace(seen=SimpleNamespace(oldest_version=0, newest_version=0))
 
+    answered = result
+
     def hand_over(self) -> None:
         pass
 
@@ -276,14 +278,14 @@ def test_rows_that_are_written_meanwhile_by_another_thread(written: str) -> None
 
     def write() -> None:
         with fetched.writing():
-            assert not fetched.start(bags, 1, version=0, commits=0, reply_dtype="float32", ask=Scripted)
+            assert not fetched.start([(bags, 1)], version=0, commits=0, reply_dtype="float32", ask=lambda: [Scripted()])
 
     def ask() -> Scripted:
         if written == "while it is asked for":
             write()
         return Scripted(write if written == "while it is waited for" else lambda: None)
 
-    assert fetched.start(bags, 1, version=0, commits=0, reply_dtype="float32", ask=ask)
+    assert fetched.start([(bags, 1)], version=0, commits=0, reply_dtype="float32", ask=lambda: [ask()])
     found = fetched.take(bags, known_version=lambda: 0, commits=0, reply_dtype="float32")
     assert (found is not None) == (written == "never")
     assert fetched.num_bytes == 0
@@ -294,7 +296,7 @@ def test_what_was_read_before_a_step_counts_no_more_though_its_version_is_not_kn
     """Where another shard numbers the table's steps than decides them, the trainer hears of the version later."""
     fetched = Prefetched()
     bags = Bags(ids=make_ids().flatten(), weights=None, offsets=torch.arange(6) * 3)
-    assert fetched.start(bags, 1, version=0, commits=0, reply_dtype="float32", ask=Scripted)
+    assert fetched.start([(bags, 1)], version=0, commits=0, reply_dtype="float32", ask=lambda: [Scripted()])
     found = fetched.take(bags, known_version=lambda: 0, commits=commits, reply_dtype="float32")
     assert (found is not None) == (commits == 0)
     assert fetched.num_bytes == 0

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +53,58 @@ def test_what_was_prefetched_is_taken_bitwise_and_asked_for_once(memory: NgramMe
         assert all(torch.equal(first, second) for first, second in zip(mine, other, strict=True))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_steps_batches_are_one_fetch_and_each_trains_as_it_would(memory: NgramMemory, packed: bool) -> None:
+    batches = [batch(seed) for seed in range(3)]
+    masks = [torch.arange(tokens.shape[1]) < 5 + number for number, (_, tokens) in enumerate(batches)]
+    packing = [
+        {"mask": mask.expand_as(tokens)} if packed else {} for mask, (_, tokens) in zip(masks, batches, strict=True)
+    ]
+
+    def trained(ahead: bool) -> list[Tensor]:
+        memory.zero_grad()
+        values = []
+        if ahead:
+            given = [{"tokens": tokens, **more} for (_, tokens), more in zip(batches, packing, strict=True)]
+            assert memory.prefetch_all(given if packed else [tokens for _, tokens in batches])
+            memory.lookup._early.started[0].asked._done.result(30.0)
+        for (hidden, tokens), more in zip(batches, packing, strict=True):
+            values.append(memory(hidden, tokens, **more))
+            values[-1].sin().sum().backward()
+        prepared = memory.lookup.table.prepare()
+        assert prepared is not None
+        assert memory.key.weight.grad is not None
+        return [*(each.detach() for each in values), memory.key.weight.grad, torch.tensor(prepared.squared_norm)]
+
+    plain = trained(False)
+    memory.lookup.table.discard()
+    before = lookups(memory)
+    ahead = trained(True)
+    assert lookups(memory) == before + 1
+    assert all(torch.equal(mine, other) for mine, other in zip(ahead, plain, strict=True))
+    assert memory.lookup.table.link.prefetched.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ([{"mask": torch.ones(1, 3)}], 'batches[0] has no "tokens"'),
+        (
+            [torch.zeros(1, 3, dtype=torch.int64), {"tokens": torch.zeros(1, 3, dtype=torch.int64), "input_ids": None}],
+            "batches[1] has unknown input_ids",
+        ),
+        ([torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), 11)], "batches[1]: tokens[0, 0] = 11 is outside"),
+        (torch.zeros(2, 1, 3, dtype=torch.int64), "prefetch(tokens) is of one"),  # not each row a batch
+        ({"tokens": torch.zeros(1, 3, dtype=torch.int64)}, "prefetch(tokens) is of one"),
+    ],
+)
+def test_batches_that_make_no_sense_start_nothing(memory: NgramMemory, batches: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(said)):
+        memory.prefetch_all(batches)
+    assert memory.lookup._early.started == []
+    assert memory.lookup.table.link.prefetched.num_bytes == 0
+
+
 def test_what_a_step_made_old_is_asked_for_again_and_told_once(memory: NgramMemory) -> None:
     hidden, tokens = batch()
     table = memory.lookup.table
@@ -65,6 +118,16 @@ def test_what_a_step_made_old_is_asked_for_again_and_told_once(memory: NgramMemo
         assert [str(each.message)[-21:] for each in caught] == (["Prefetch after step()"] if told else [])
         slots = memory.lookup.slots(tokens)
         assert torch.equal(rows.detach(), table.rows(slots.flatten()).view(*tokens.shape, -1))
+
+
+def test_tokens_may_lie_in_any_order(memory: NgramMemory) -> None:
+    tokens = (torch.arange(24) % 10).view(4, 2, 3).transpose(0, 2)
+    expected = memory.lookup(tokens.contiguous()).values
+    assert torch.equal(memory.lookup(tokens).values, expected)
+    assert memory.prefetch(tokens)
+    assert torch.equal(memory.lookup(tokens).values, expected)
+    with pytest.raises(InvalidRequest, match=re.escape("tokens[0, 0, 1] = 12 is outside")):
+        memory.lookup(torch.where(tokens == 6, 12, tokens))
 
 
 def test_layers_share_one_fetch(memory: NgramMemory) -> None:
@@ -83,7 +146,7 @@ def test_layers_share_one_fetch(memory: NgramMemory) -> None:
 
 def test_each_slot_travels_once_where_many_repeat(memory: NgramMemory) -> None:
     for tokens, repeat in ((torch.tensor([[1, 2, 1, 2, 1, 2, 1, 2]]), True), (torch.tensor([[1, 2]]), False)):
-        asked = memory.lookup._asked(*memory.lookup._given(tokens, {})).bags.ids.tolist()
+        asked = memory.lookup._asked(memory.lookup._batch(tokens, {})).bags.ids.tolist()
         slots = memory.lookup.slots(tokens).flatten().tolist()
         assert asked == (sorted(set(slots)) if repeat else slots)
 
