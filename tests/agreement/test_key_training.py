@@ -13,6 +13,7 @@ from mempool.nn import MemoryLayer, PoolOptimizer
 from mempool.nn.keys.hierarchical import HierarchicalKeys
 from mempool.nn.scoring import product_topk
 from mempool.optim import SGD, Adagrad, AdamW
+from mempool.shard.reading import pieces
 
 from .conftest import Pools
 from .reference import all_rows, leaf, product_scores, relative_error
@@ -316,6 +317,17 @@ def test_the_gradient_of_keys_in_groups_is_that_of_float64(pools: Pools) -> None
     assert relative_error(before - table.read_keys(), k64.grad) < 1e-5
     untouched = k64.grad.abs().sum(dim=1) == 0
     assert torch.equal(before[untouched], table.read_keys()[untouched])
+
+
+def test_slots_in_groups_are_scored_in_pieces_too(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = mempool.HierarchicalKeys(key_dim=6, groups=9, probes=3, optimizer=SGD(1.0))
+    table = pools.table(shards=2, num_slots=200, value_dim=4, keys=keys)
+    queries = torch.randn(50, 1, 6)
+    whole = table.score(queries, 7)
+    monkeypatch.setattr(pieces, "SCORE_PIECE_PRODUCTS", 1)  # sixteen queries each
+    found = table.score(queries, 7)
+    assert torch.equal(found.ids, whole.ids)
+    assert torch.equal(found.scores, whole.scores)
 
 
 def test_what_keys_in_groups_cannot_do_is_refused(pools: Pools) -> None:
