@@ -46,7 +46,7 @@ def brute_force(
     return values, ids.masked_fill(values == -torch.inf, -1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     num_slots=st.integers(1, 90),
     rows_before=st.integers(0, 1),
