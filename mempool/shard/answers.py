@@ -402,6 +402,8 @@ class Answers(RowAnswers):
         for first in range(0, queries.shape[0], num_queries):
             table, end = self._of(request), first + num_queries
             some = None if picked is None else picked.some(first, end)
+            # Of groups the first version, of their slots the last one: a client sees where a commit came between.
+            stamp = stamp if picked is None else table.stamp
             with self._stages.measure("kernel"):
                 _, best, found = table.storage.score(queries[first:end], request.topk, picked=some)
             scores[first:end] = self._copy_out(best)

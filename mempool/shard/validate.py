@@ -42,6 +42,7 @@ from mempool.types import (
 )
 from mempool.types.bags import Bags
 from mempool.types.keys import grouping_of, key_table_name
+from mempool.types.schema_checks import GROUP_RANGES
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
@@ -313,11 +314,12 @@ def check_picked(table: Storage, request: ScoreRequest) -> Picked | None:
     if groups is None or scores is None:
         raise InvalidRequest("groups and group_scores go together: give both, or neither")
     num_queries = request.queries.shape[0]
-    fits = groups.dim() == 2 and groups.shape[0] == num_queries and 1 <= groups.shape[1] <= grouping.groups
+    most = min(grouping.groups, int(GROUP_RANGES["probes"].high))
+    fits = groups.dim() == 2 and groups.shape[0] == num_queries and 1 <= groups.shape[1] <= most
     if not fits or groups.dtype != torch.int64 or scores.dtype != torch.float32 or scores.shape != groups.shape:
         raise InvalidRequest(
-            f"groups and group_scores must be [{num_queries}, G] int64 and float32, G from 1 to the {grouping.groups} "
-            f"groups of table {schema.name!r}, not {_shown(groups)} and {_shown(scores)}"
+            f"groups and group_scores must be [{num_queries}, G] int64 and float32, G from 1 to {most} of the "
+            f"{grouping.groups} groups of table {schema.name!r}, not {_shown(groups)} and {_shown(scores)}"
         )
     there = bool(((groups >= 0) & (groups < grouping.groups)).all())
     if not there or not bool((groups[:, 1:] > groups[:, :-1]).all()):

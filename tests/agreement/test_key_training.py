@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 import mempool
 from mempool import errors
+from mempool.client.keys import scoring
 from mempool.client.lookup import has_flat_keys
+from mempool.client.routing.attempt import Attempt
 from mempool.nn import MemoryLayer, PoolOptimizer
 from mempool.nn.keys.hierarchical import HierarchicalKeys
 from mempool.nn.scoring import product_topk
@@ -278,6 +280,31 @@ def test_slots_that_are_no_power_are_chosen_as_by_brute_force(
         assert torch.equal(found.ids, ids)
         assert torch.equal(found.scores, scores)
         assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+
+
+def test_all_keys_of_a_section_are_here_for_some_queries_at_a_time(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever knows the keys can have all of his queries need them."""
+    keys = mempool.ProductKeys(heads=2, key_dim=4, optimizer=SGD(1.0))
+    table = pools.table(shards=2, num_slots=20**2 - 5, value_dim=4, keys=keys)
+    own = torch.rand(2, 2, 20, 2)
+    own[:, 0, 19] = own[:, 1, 15:] = 5.0  # the row that is cut, and what it lacks
+    table.write_keys(own)
+    asked, score = [], Attempt.score
+
+    def watched(attempt: Attempt, queries: Tensor, *, topk: int) -> Any:
+        asked.append((len(queries), topk))
+        return score(attempt, queries, topk=topk)
+
+    monkeypatch.setattr(Attempt, "score", watched)
+    monkeypatch.setattr(scoring, "_WHOLE_BYTES", 3 * 4 * 20 * 12)
+    queries = torch.rand(7, 2, 4)
+    found = table.score(queries, 3)
+    assert asked == [(7, 4), (3, 20), (3, 20), (1, 20)]
+    every = product_scores(queries, own)[..., : 20**2 - 5].sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(found.ids, every.indices[..., :3])
+    torch.testing.assert_close(found.scores, every.values[..., :3])
 
 
 @pytest.mark.parametrize(("ways", "num_slots"), [(2, 29**2 - 40), (3, 9**3 - 100), (3, 9**3), (4, 5**4 - 77)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mempool.client.keys.asked import SCORED_BYTES
 from mempool.client.keys.layout import Chosen, KeyLayout
 from mempool.client.routing.attempt import Attempt, Seen
 from mempool.errors import InvalidRequest, NotFound
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Scoring = Coroutine[Any, Any, tuple[Tensor, Tensor, Seen]]
 
+_WHOLE_BYTES = 16 * 2**20
+"""Of the keys that a shard found, where all of some queries are asked for: about so much is here at once."""
 _MOST_LOOKS = 8
 """At keys that are committed to between the two calls of a look; then the answer is what the last one saw."""
 
@@ -39,6 +42,8 @@ class KeyTables:
             schema: The table whose keys they are.
             queries: [B, H, D] float32, checked.
         """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
         parts = layout.section_queries(queries).contiguous()
         table_id = self._ids.get(schema.table_id)
         try:
@@ -50,10 +55,11 @@ class KeyTables:
                 return scores.view(shape), ids.view(shape), seen
             count = layout.candidates(topk)
             chosen, seen = await self._chosen(router, table_id, layout, parts, topk, count, timeout_s)
-            if chosen.left_open is not None:
-                some = parts[chosen.left_open]
-                whole, also = await self._chosen(router, table_id, layout, some, topk, layout.rows, timeout_s)
-                chosen.scores[chosen.left_open], chosen.ids[chosen.left_open] = whole.scores, whole.ids
+            most = max(1, _WHOLE_BYTES // (layout.sections * layout.rows * SCORED_BYTES))
+            for some in () if chosen.left_open is None else chosen.left_open.split(most):
+                left_s = end_s - loop.time()
+                whole, also = await self._chosen(router, table_id, layout, parts[some], topk, layout.rows, left_s)
+                chosen.scores[some], chosen.ids[some] = whole.scores, whole.ids
                 seen = _both(seen, also)
         except NotFound:
             known = self._ids.pop(schema.table_id, None)

@@ -85,11 +85,11 @@ class _Search:
         num_queries = groups.shape[0]
         sums = torch.full((num_queries, self.k), -torch.inf, dtype=torch.float32, device=queries.device)
         slots = torch.full((num_queries, self.k), -1, dtype=torch.int64, device=queries.device)
-        room = min(self.k, self.longest)
+        room = min(self.k + 1, self.longest)
         for part in self._chunks(num_queries, groups.shape[1], room):
             found = self._some(queries[part], groups[part], added[part], room)
-            # Of a group its best by their own scores are candidates. Rounding makes equal sums of scores that are not:
-            # where the last one ties with the last winner, others of the group may be of equal sums and lower numbers.
+            # Of a group its best by their own scores are candidates, one more than can win. Rounding makes equal sums
+            # of scores that are not: where that one ties with the last winner, so may others with lower numbers.
             left_open = (found.left_out >= found.sums[:, -1]).nonzero()[:, 0]
             for some in self._chunks(len(left_open), groups.shape[1], self.longest) if len(left_open) else ():
                 rows = left_open[some]
@@ -101,12 +101,13 @@ class _Search:
         return sums, slots
 
     def _chunks(self, num_queries: int, num_groups: int, room: int) -> list[slice]:
-        size = max(1, _CHUNK_CANDIDATES // (num_groups * self.most_parts * room))
+        # A query is copied for each of its groups.
+        size = max(1, _CHUNK_CANDIDATES // (num_groups * max(self.most_parts * room, self.keys.width)))
         return [slice(first, first + size) for first in range(0, num_queries, size)]
 
     def _some(self, queries: Tensor, groups: Tensor, added: Tensor, room: int) -> _Found:
         """The best of all groups, of each part ``room`` candidates."""
-        columns = max(1, _CHUNK_CANDIDATES // (groups.shape[0] * self.most_parts * room))
+        columns = max(1, _CHUNK_CANDIDATES // (groups.shape[0] * max(self.most_parts * room, self.keys.width)))
         if columns >= groups.shape[1]:
             return self._candidates(queries, groups, added, room)
         found = _Found(added[:, :0], groups[:, :0], torch.full_like(added[:, 0], -torch.inf))

@@ -13,6 +13,8 @@ from mempool.types.keys import grouping_of
 SCORE_PIECE_PRODUCTS = 2**32
 """Products that scoring makes at once, but of at least ``_LEAST_QUERIES`` where these share each key that is read."""
 _LEAST_QUERIES = 16
+_GROUP_PRODUCTS = 2**17
+"""That are made in the time which it takes to begin with the slots of another group."""
 
 
 def queries_at_once(storage: Storage, topk: int, *, probes: int = 0) -> int:
@@ -26,8 +28,9 @@ def _products(storage: Storage, topk: int, probes: int) -> tuple[int, int]:
     """Products that one query takes, of all heads here, and the candidates that it chooses among by them."""
     schema = storage.schema
     if (grouping := grouping_of(schema.keys, schema.num_slots)) is not None:
-        scored = probes * grouping.size if probes else grouping.groups
-        return scored * schema.value_dim, 0
+        if not probes:
+            return grouping.groups * schema.value_dim, 0
+        return probes * max(grouping.size * schema.value_dim, _GROUP_PRODUCTS), 0
     if isinstance(schema.keys, OwnKeySpec):
         return schema.keys.sections * schema.keys.rows * schema.value_dim, 0
     if not isinstance(schema.keys, FlatKeySpec | ProductKeySpec):

@@ -1,5 +1,7 @@
 """The best slots in groups against brute force: keys on pages anywhere, parts of them, ties that rounding makes."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,3 +101,47 @@ def test_slots_without_a_score_are_no_candidates() -> None:
     assert [part.shape for part in none] == [(0, 4), (0, 4)]
     with pytest.raises(ValueError, match="groups of a query must be at least 1, got 4, 2, 4, 0"):
         kernels.grouped_topk(ones, page, groups[:, :0], torch.zeros(1, 0), 4, num_slots=4, group_size=2)
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_all_slots_are_looked_at_where_the_last_winner_has_a_tie_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, probes: int
+) -> None:
+    """Also where all winners are of one group, whose last candidate would otherwise be the last winner."""
+    taken: list[int] = []
+
+    def flat_topk(queries: Tensor, keys: kernels.Paged, k: int, *given: int, **options: bool) -> tuple[Tensor, Tensor]:
+        taken.append(k)
+        return kernels.flat_topk(queries, keys, k, *given, **options)
+
+    monkeypatch.setattr(grouped_module, "flat_topk", flat_topk)
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(64, 3, generator=generator)
+    page = kernels.Paged(keys, torch.zeros(1, dtype=torch.int32), 6)
+    queries, groups = torch.randn(5, 3, generator=generator), torch.arange(probes).repeat(5, 1)
+    for loud, expected in ((0.0, {5}), (2.0**24, {5, 16})):
+        taken.clear()
+        added = torch.full((5, probes), loud)
+        added[:, 0] += 9.0
+        kernels.grouped_topk(queries, page, groups, added, 4, num_slots=64, group_size=16)
+        assert set(taken) == expected
+
+
+@pytest.mark.parametrize(("queries", "groups"), [(40, 3), (1, 40)])
+def test_queries_are_copied_for_their_groups_some_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, queries: int, groups: int
+) -> None:
+    copied: list[int] = []
+    candidates = grouped_module._Search._candidates
+
+    def watched(search: grouped_module._Search, some: Tensor, *given: Any) -> Any:
+        copied.append(given[0].numel() * some.shape[1])
+        return candidates(search, some, *given)
+
+    monkeypatch.setattr(grouped_module._Search, "_candidates", watched)
+    monkeypatch.setattr(grouped_module, "_CHUNK_CANDIDATES", 600)
+    page = kernels.Paged(torch.randn(40, 50), torch.zeros(1, dtype=torch.int32), 6)
+    named = torch.arange(groups).repeat(queries, 1)
+    kernels.grouped_topk(torch.randn(queries, 50), page, named, torch.zeros(named.shape), 1, num_slots=40, group_size=1)
+    assert max(copied) <= 600
+    assert sum(copied) == 50 * queries * groups

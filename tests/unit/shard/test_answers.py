@@ -20,8 +20,10 @@ from mempool.types import (
     FlatKeySpec,
     GatherReply,
     GatherRequest,
+    OwnKeySpec,
     ProductKeySpec,
     ReadRowsRequest,
+    ScoreReply,
     ScoreRequest,
     UpdateReply,
 )
@@ -301,3 +303,37 @@ def test_an_update_is_of_a_bounded_number_of_lookups_and_their_copy_is_reserved(
     with pytest.raises(InvalidRequest, match="grads must be"):
         inner.update(replace(request, lookups=2))
     assert reserved == [2 * bags.num_bytes]
+
+
+GROUPED = make_schema(
+    name="facts:keys", num_slots=49, stride=7, block_dim=10, keys=OwnKeySpec(sections=1, rows=49, groups=7)
+)
+
+
+def test_small_groups_are_cut_by_how_many_they_are(make_driver: MakeDriver) -> None:
+    """To begin with a group takes as long as to score many slots."""
+    driver = make_driver().create(GROUPED, [[0]] * 7)
+    table = driver.host(0)._tenancy.fenced(driver.envelope(0))  # type: ignore[attr-defined]
+    assert cutting.queries_at_once(table.storage, 3) == 2**32 // 70
+    assert cutting.queries_at_once(table.storage, 3, probes=4) == 2**32 // (4 * 2**17)
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_pieces_of_groups_have_their_first_version_and_those_of_slots_their_last(make_driver: MakeDriver) -> None:
+    """So that who asks for both sees whether a commit came between any two."""
+    driver = make_driver().create(GROUPED, [[0]] * 7)
+    inner: Answers = driver.host(0)._answers  # type: ignore[attr-defined]
+    groups, added = torch.tensor([[0, 2]] * 6), torch.zeros(6, 2)
+    asked = ScoreRequest(envelope=driver.envelope(0), queries=torch.randn(6, 1, 10), topk=3)
+    for number, (named, version) in enumerate(((None, 0), (groups, 2)), 1):
+        request = replace(asked, groups=named, group_scores=None if named is None else added)
+        pieces: Any = inner.score(request)
+        next(pieces)
+        driver.train(number, {3: (make_bags(2, lengths=(1, 2), num_slots=49), torch.randn(2, 10))})
+        *_, found = _score(pieces)
+        assert found.stamp.table_version == version
+
+
+def _score(pieces: Any) -> Iterator[ScoreReply]:
+    reply = yield from pieces
+    yield reply

@@ -180,7 +180,7 @@ def test_groups_that_are_picked_are_those_that_there_are() -> None:
         ([[LEAST, 1, MOST], [0, 1, 2]], SCORES, "must ascend, from 0 to 6"),
         ([[0, 1, 2], [0, 2, 1]], SCORES, "must ascend, from 0 to 6"),
         ([[0, 1, 2], [0, 2, 2]], SCORES, "must ascend, from 0 to 6"),
-        ([[0, 1, 2]], SCORES[:1], r"must be \[2, G\] int64 and float32, G from 1 to the 7 groups"),
+        ([[0, 1, 2]], SCORES[:1], r"must be \[2, G\] int64 and float32, G from 1 to 7 of the 7 groups"),
         ([[], []], SCORES[:, :0], r"must be \[2, G\] int64"),
         ([[0, 1], [0, 1]], SCORES, r"must be \[2, G\] int64"),
         ([list(range(8))] * 2, torch.zeros(2, 8), r"must be \[2, G\] int64"),
@@ -271,3 +271,15 @@ def test_what_is_kept_is_a_copy_unless_nobody_else_writes_to_it(private: bool) -
     for kept, given_ in ((bags.weights, weights), (grads, update.grads), (bags.offsets, update.offsets)):
         assert given_ is not None
         assert (kept.data_ptr() == given_.data_ptr()) == private
+
+
+def test_a_query_picks_no_more_groups_than_a_table_may_have_it_look_into() -> None:
+    groups = torch.arange(4097)[None]
+    keys = OwnKeySpec(sections=1, rows=14_000, groups=7_000)
+    table = _table(make_schema(num_slots=14_000, page_slots=2048, keys=keys))
+    request = ScoreRequest(envelope=ENVELOPE, queries=torch.zeros(1, 1, 10), topk=1)
+    request = replace(request, groups=groups, group_scores=torch.zeros(1, 4097))
+    with pytest.raises(InvalidRequest, match=r"G from 1 to 4096 of the 7000 groups of table .*, not \[1, 4097\]"):
+        validate.check_picked(table, request)
+    fitting = replace(request, groups=groups[:, 1:], group_scores=torch.zeros(1, 4096))
+    assert validate.check_picked(table, fitting) is not None
