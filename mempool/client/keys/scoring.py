@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mempool.client.keys.asked import SCORED_BYTES
@@ -56,7 +57,7 @@ class KeyTables:
             count = layout.candidates(topk)
             chosen, seen = await self._chosen(router, table_id, layout, parts, topk, count, timeout_s)
             most = max(1, _WHOLE_BYTES // (layout.sections * layout.rows * SCORED_BYTES))
-            for some in () if chosen.left_open is None else chosen.left_open.split(most):
+            for some in () if chosen.left_open is None else torch.split(chosen.left_open, most):
                 left_s = end_s - loop.time()
                 whole, also = await self._chosen(router, table_id, layout, parts[some], topk, layout.rows, left_s)
                 chosen.scores[some], chosen.ids[some] = whole.scores, whole.ids
