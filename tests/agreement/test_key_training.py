@@ -195,12 +195,18 @@ def test_slots_in_groups_are_those_of_keys_in_the_model_to_the_bit(pools: Pools,
             model.group_keys.data, model.slot_keys.data = of_groups, of_slots
             queries = integers(25, 3, 6, seed=2)
             scores, ids = model(queries, topk)
-            found = table.score(queries, topk)
-            assert torch.equal(found.ids, ids)
-            assert torch.equal(found.scores, scores)
-            with torch.no_grad():
-                assert torch.equal(table.lookup(queries, topk).ids, ids)
-            assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+            assert_finds(table, queries, scores, ids)
+
+
+def assert_finds(table: mempool.Table, queries: Tensor, scores: Tensor, ids: Tensor) -> None:
+    """Whichever way it is asked."""
+    topk = ids.shape[-1]
+    found = table.score(queries, topk)
+    assert torch.equal(found.ids, ids)
+    assert torch.equal(found.scores, scores)
+    with torch.no_grad():
+        assert torch.equal(table.lookup(queries, topk).ids, ids)
+    assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -226,12 +232,7 @@ def test_ties_are_decided_as_by_brute_force(pools: Pools, shards: int, topk: int
         assert torch.equal(table.read_keys(), own)
         queries = integers(25, 3, 6, seed=2) if kind == "product" else integers(25, 6, seed=2)
         scores, ids = brute_force(product_scores(queries, own) if kind == "product" else queries @ own.T, topk)
-        found = table.score(queries, topk)
-        assert torch.equal(found.ids, ids)
-        assert torch.equal(found.scores, scores)
-        with torch.no_grad():
-            assert torch.equal(table.lookup(queries, topk).ids, ids)
-        assert torch.equal(table.lookup_async(queries, topk).result().ids, ids)
+        assert_finds(table, queries, scores, ids)
 
 
 @pytest.mark.parametrize("ways", [3, 4, 5])
