@@ -5,6 +5,7 @@ A Ray started here runs in a process session of its own and outlives the command
 
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -40,7 +41,9 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _STATE_ROOM_BYTES = 2**20
 _RAY_ROOM_BYTES = 64 * 2**20
 _LOGS_KEPT = 5
-_WORKER_PORTS = range(10002, 20000)
+# Ray gives its workers those from 10,002 up to 19,999.
+_OUR_PORTS = range(20_000, 65_536)
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 _AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -199,13 +202,23 @@ def end(pid: int, address: str, *, say: Say, keep_log: bool = False) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has now, and none of those that Ray gives its workers later."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port not in _WORKER_PORTS:
+    """A port of this machine that nobody has now, and that nobody is given by chance before it is used, or while a
+    controller that had it is away: neither by the system (its ephemeral ports) nor by Ray (its workers')."""
+    given = _ephemeral_ports()
+    ports = [port for port in _OUR_PORTS if port not in given] or list(_OUR_PORTS)
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
             return port
+    raise PoolUnreachable(f"none of this machine's ports from {_OUR_PORTS.start} on is free")
+
+
+def _ephemeral_ports() -> range:
+    """Those that the system gives connections."""
+    first, last = 32768, 60999
+    with suppress(OSError, ValueError):
+        first, last = map(int, _PORT_RANGE.read_text().split())
+    return range(first, last + 1)
 
 
 def _alive(pid: int) -> bool:

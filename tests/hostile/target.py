@@ -19,11 +19,11 @@ from typing import Any, Self
 from mempool.config import ClusterConfig
 from mempool.controller import Controller
 from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.ray_process import free_port
 from mempool.rayhost.serving import ControllerServing
 from mempool.rayhost.shard_serving import ShardServing
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
-from tests.integration.pools import free_port
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ from typer.testing import CliRunner
 
 import mempool
 from mempool.cli.app import app
+from mempool.rayhost.ray_process import free_port
 from mempool.types import ShardInfo
 
 T = TypeVar("T")
@@ -296,16 +296,6 @@ def descendants(pid: int) -> set[int]:
 
 def port_of(info: ShardInfo) -> int:
     return int(info.address.rpartition(":")[2])
-
-
-def free_port() -> int:
-    """One that nobody listens at, and that no connection is given by chance before it is used: systems give those from
-    32,768 on, Ray its workers those below 20,000."""
-    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            return port
-    raise AssertionError("of 100 ports none is free")
 
 
 def _checked(arguments: tuple[str, ...], ended: Ended, expect: int | None) -> Ended:

@@ -166,6 +166,34 @@ def test_two_rays_of_a_host_share_no_port(acted: ActedRay) -> None:
     assert arguments["--temp-dir"] == os.environ["RAY_TMPDIR"]
 
 
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ("32768\t60999\n", {*range(20_000, 32_768), *range(61_000, 65_536)}),
+        ("20002 65535", {20_000, 20_001}),
+        ("1024 65535", set(range(20_000, 65_536))),
+        ("nonsense", {*range(20_000, 32_768), *range(61_000, 65_536)}),
+    ],
+)
+def test_a_free_port_is_none_that_the_system_gives_connections(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, allowed: set[int]
+) -> None:
+    monkeypatch.setattr(ray_process, "_PORT_RANGE", tmp_path / "range")
+    (tmp_path / "range").write_text(given)
+    assert {ray_process.free_port() for _ in range(20)} <= allowed
+
+
+def test_a_port_that_is_taken_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = ray_process.free_port()
+    monkeypatch.setattr(ray_process, "_OUR_PORTS", range(port, port + 1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(PoolUnreachable, match=rf"ports from {port} on"):
+            ray_process.free_port()
+    assert ray_process.free_port() == port
+
+
 def test_a_taken_port_has_a_reason() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

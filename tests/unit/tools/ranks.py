@@ -98,8 +98,8 @@ def be_second(address: str, folder: Path, ports: Sequence[int], barrier: Any, er
 
 def _be_rank(rank: int, port: int) -> None:
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tools"}
-    os.environ.update({name: str(value) for name, value in {**world, **place}.items()})
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ.update({name: str(value) for name, value in {**world, **place, "TORCHELASTIC_RUN_ID": "tools"}.items()})
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

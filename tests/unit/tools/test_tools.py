@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from torch.distributed import TCPStore
 
 import mempool
 from tests.unit.client.grpc_pool import GrpcPoolHere
@@ -84,10 +84,9 @@ def test_a_decoder_is_given_a_memory_saved_and_loaded(page: dict[str, Any], tmp_
     assert trained(page, code + loads, folder=tmp_path)["steps"] == 1
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def _store() -> TCPStore:
+    """What an agent of torchrun keeps for its ranks to meet in: its port is its own from the start on."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def test_two_ranks_train_what_one_process_trains(page: dict[str, Any], tmp_path: Path) -> None:
@@ -95,7 +94,8 @@ def test_two_ranks_train_what_one_process_trains(page: dict[str, Any], tmp_path:
     expected = {heading: trained(page, PLAIN) for heading in SECTIONS}
     expected["decoder"] = trained(page, DECODER_IN_A_TRAINER, config=DECODER_TABLE)
     context = multiprocessing.get_context("spawn")
-    ports, barrier, errors = [_free_port() for _ in expected], context.Barrier(2), context.Queue()
+    stores, barrier, errors = [_store() for _ in expected], context.Barrier(2), context.Queue()
+    ports = [store.port for store in stores]
     here = GrpcPoolHere(shards=2)
     second = context.Process(target=be_second, args=(here.address, tmp_path, ports, barrier, errors))
     second.start()
