@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mempool.kernels.arguments import Paged
 from mempool.kernels.compiling import watched
+from mempool.kernels.cpu.teams import keep_apart
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +221,8 @@ def use_threads(num_elements: int) -> int:
     num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), enough)
     # Not numba's own function: it takes locks of Python's that an interrupt can leave taken, for ever.
     numba_threads._set_num_threads(num_threads)
+    if num_threads > 1:
+        keep_apart(num_threads)
     return num_threads
 
 
