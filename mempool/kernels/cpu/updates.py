@@ -57,7 +57,7 @@ _LONG_RUN = 4 * RUN_PIECE
 _PIECES_AT_ONCE = 64
 # A row's values and state take as long to bring from memory and back as the gradients of this many pairs.
 _ROW_COST = 8
-_ROWS_AHEAD = 4
+_ROWS_AHEAD = 8
 # Rows whose squares a task sums; each row has a sum of its own, so that the result does not depend on tasks.
 _NORM_ROWS = 256
 _NO_NORMS: Array = np.zeros(0, dtype=np.float64)
