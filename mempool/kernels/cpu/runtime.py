@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mempool.kernels.arguments import Paged
 from mempool.kernels.compiling import watched
-from mempool.kernels.cpu.teams import keep_apart
+from mempool.kernels.teams import keep_apart
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mempool import kernels
-from mempool.kernels.cpu import teams
+from mempool.kernels import teams
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one processor, or no Linux"
