@@ -171,10 +171,14 @@ def handler(
     *,
     door: Door,
     max_message_bytes: int,
+    at_once: Callable[[bytes, str], bytes | None] | None = None,
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
     """The handler of one call. Frames go in and out as raw bytes: protobuf's own classes see only the scalars.
 
     To gRPC it takes a stream, of one message: the messages of others are read before any of our code is asked.
+
+    at_once: Answers a request with a frame below ``LARGE_BYTES``, given the request's and who sent it; None: ``call``
+        is to be asked.
     """
     stages, admission, turns = door.stages, door.admission, door.turns
     paced = _is_paced(method)
@@ -195,18 +199,21 @@ def handler(
         if admission.active > FEW_CALLS:
             await turns.take(host, peer)
             decoded_s = time.perf_counter()
-        request = method.request.decode(frame)
-        stages.record("decode", time.perf_counter() - decoded_s)
-        with calling(Caller(peer, _deadline_s(context), ended.then)):
-            reply = await call(request)
-        if paced and (num_bytes := method.reply.tensor_bytes(reply)) >= LARGE_BYTES:
-            await turns.room(host, num_bytes)
-        if admission.active > FEW_CALLS:
-            await turns.take(host, peer)
-        called_s = time.perf_counter()
-        encoded = method.reply.encode(reply)
+        called_s = decoded_s
+        encoded = None if at_once is None else at_once(frame, peer)
+        if encoded is None:
+            request = method.request.decode(frame)
+            stages.record("decode", time.perf_counter() - decoded_s)
+            with calling(Caller(peer, _deadline_s(context), ended.then)):
+                reply = await call(request)
+            if paced and (num_bytes := method.reply.tensor_bytes(reply)) >= LARGE_BYTES:
+                await turns.room(host, num_bytes)
+            if admission.active > FEW_CALLS:
+                await turns.take(host, peer)
+            called_s = time.perf_counter()
+            encoded = method.reply.encode(reply)
+            stages.record("encode", time.perf_counter() - called_s)
         ended.replied_s = time.perf_counter()
-        stages.record("encode", ended.replied_s - called_s)
         if len(encoded) > max_message_bytes:
             raise RequestTooLarge(
                 f"the answer to {method.name} would have {len(encoded):,} bytes; {max_message_bytes:,} are "

@@ -1,13 +1,17 @@
 """The three services as tables: which call of which protocol answers which method."""
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
+import numpy as np
 
+from mempool.errors import MempoolError
 from mempool.placement.changes import ToldViews, changed
 from mempool.server.calls import Door, handler, streaming_handler
+from mempool.server.turns import LARGE_BYTES
 from mempool.types import (
     AttachTable,
     CommitRequest,
@@ -28,6 +32,7 @@ from mempool.types import (
 from mempool.types.caller import current_caller
 from mempool.types.messages import ArrayGather, ArrayGathered
 from mempool.wire import methods
+from mempool.wire.codecs import arrays
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetView, ThawTable
@@ -58,7 +63,7 @@ class AtOnce(Protocol):
         """Where the shard has nothing else to do. space: gives the memory that the answer is written to."""
 
     def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: ArraySpace) -> ArrayGathered | None:
-        """The same of arrays."""
+        """The same of arrays; None, too, where ``space`` gives none."""
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None: ...
 
@@ -111,16 +116,36 @@ class Services:
         if shard is None:
             return dict([self._of(methods.LOOKUP, lookup)])
 
+        stages = self.door.stages
+
         async def gather(request: GatherRequest) -> GatherReply:
             reply = None
             if at_once is not None and request.ids.numel() <= _FEW_PAIRS:
                 reply = at_once.gather(request, caller=current_caller().name)
             return await shard.gather(request) if reply is None else reply
 
+        def small_gather(frame: bytes, caller: str) -> bytes | None:
+            assert at_once is not None, "it was asked for"
+            came_s = time.perf_counter()
+            asked = arrays.read_gather(frame)
+            if asked is None or asked.ids.shape[0] > _FEW_PAIRS:
+                return None
+            stages.record("decode", time.perf_counter() - came_s)
+            try:
+                reply = at_once.gather_arrays(asked, cost=len(frame), caller=caller, space=_small_values)
+            except MempoolError:
+                return None  # the call knows what to say
+            if reply is None:
+                return None
+            came_s = time.perf_counter()
+            encoded = arrays.gathered(reply)
+            stages.record("encode", time.perf_counter() - came_s)
+            return encoded
+
         return dict(
             [
                 self._of(methods.LOOKUP, lookup),
-                self._of(methods.GATHER, gather),
+                self._of(methods.GATHER, gather, at_once=None if at_once is None else small_gather),
                 self._of(methods.UPDATE, shard.update),
                 self._of(methods.PREPARE, shard.prepare),
                 self._of(methods.COMMIT, shard.commit),
@@ -245,9 +270,15 @@ class Services:
         )
 
     def _of(
-        self, method: Method[RequestT, ReplyT], call: Callable[[RequestT], Awaitable[ReplyT]]
+        self,
+        method: Method[RequestT, ReplyT],
+        call: Callable[[RequestT], Awaitable[ReplyT]],
+        *,
+        at_once: Callable[[bytes, str], bytes | None] | None = None,
     ) -> tuple[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
-        return method.name, handler(method, call, door=self.door, max_message_bytes=self.max_message_bytes)
+        return method.name, handler(
+            method, call, door=self.door, max_message_bytes=self.max_message_bytes, at_once=at_once
+        )
 
 
 def line_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
@@ -264,6 +295,11 @@ def line_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
         methods.WRITE_ROWS.path: shard.write_rows,
         methods.STEP_COUNT.path: shard.step_count,
     }
+
+
+def _small_values(num_bags: int, width: int) -> Any:
+    """Memory of an answer for which nobody has to make room."""
+    return np.empty((num_bags, width), np.float32) if 4 * num_bags * width < LARGE_BYTES // 2 else None
 
 
 async def _no_line(_: OpenLine) -> OpenedLine:

@@ -25,7 +25,7 @@ from mempool.types.messages import ArrayGather, ArrayGathered
 
 _Array = npt.NDArray[Any]
 ArraySpace = Callable[[int, int], Any]
-"""Gives the memory of an answer [B, W] float32, contiguous."""
+"""Gives the memory of an answer [B, W] float32, contiguous; None: ``Answers`` is to be asked."""
 
 
 class ArrayGathers:
@@ -87,6 +87,8 @@ class ArrayGathers:
             num_slots = max(num_slots, num_pairs)
             stamp = replace(stamp, table_version=moment.version)
         values = space(num_bags, width)
+        if values is None:
+            return None
         read = self._sums(
             rows, ids, asked.weights, offsets, num_slots=num_slots, private=asked.private or bool(asked.pin), out=values
         )

@@ -61,7 +61,11 @@ def frame_parts(header: Message, tensors: Mapping[str, TensorLike | Sequence[Ten
 
 def parts_of(header: Message, bodies: Sequence[tuple[int, Body]]) -> list[bytes | memoryview]:
     """As ``frame_parts``, of tensors by their fields' numbers, in the order of these."""
-    scalars = header.SerializeToString(deterministic=True)
+    return parts_after(header.SerializeToString(deterministic=True), bodies)
+
+
+def parts_after(scalars: bytes, bodies: Sequence[tuple[int, Body]]) -> list[bytes | memoryview]:
+    """As ``parts_of``, of a header's own bytes."""
     parts: list[bytes | memoryview] = [scalars]
     at = len(scalars)
     for number, (dtype, shape, view) in bodies:

@@ -87,20 +87,20 @@ def body_of(value: TensorLike, field: str) -> Body:
         InvalidRequest: The dtype has no place on the wire, or there are too many dimensions.
     """
     dtype = wire_dtype(value, field)
-    shape = tuple(value.shape)
+    shape = value.shape
     if len(shape) > MAX_DIMS:
         raise InvalidRequest(f"{field} has {len(shape)} dimensions; at most {MAX_DIMS} travel")
     if 0 in shape:
         return Body(dtype, shape, memoryview(b""))
-    array = value if isinstance(value, np.ndarray) else _array_of(value, dtype)
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    return Body(dtype, shape, array.reshape(-1).view(np.uint8).data)
+    view = (value if isinstance(value, np.ndarray) else _array_of(value, dtype)).data
+    if not view.c_contiguous:
+        view = np.ascontiguousarray(view).data
+    return Body(dtype, shape, view.cast("B"))
 
 
 def _array_of(tensor: Tensor, dtype: Dtype) -> AnyArray:
     """A tensor's memory as an array; of bfloat16, which numpy does not know, as integers."""
-    if tensor.requires_grad or tensor.device.type != "cpu":
+    if tensor.requires_grad or not tensor.is_cpu:
         tensor = tensor.detach().cpu()
     if dtype.name == "bfloat16":
         import torch
@@ -189,14 +189,15 @@ def owned_tensor(body: bytearray, dtype: Dtype, shape: tuple[int, ...]) -> Tenso
 
     if not body:
         return torch.empty(shape, dtype=_torch_dtypes()[dtype.name])
-    flat = torch.frombuffer(body, dtype=_torch_dtypes()[dtype.name])
+    if dtype.name != "bfloat16":  # which numpy does not know; of the others it makes a tensor in half the time
+        return torch.from_numpy(array_of(body, dtype, shape))
+    flat = torch.frombuffer(body, dtype=torch.bfloat16)
     return flat if len(shape) == 1 else flat.view(shape)
 
 
 def array_of(body: bytearray, dtype: Dtype, shape: tuple[int, ...]) -> AnyArray:
     """The same as an array, of a dtype that numpy knows."""
-    array: AnyArray = np.frombuffer(body, dtype.name).reshape(shape)
-    return array
+    return np.ndarray(shape, dtype.name, body)
 
 
 def tensor_to_message(value: TensorLike, field: str) -> tensor_pb2.Tensor:

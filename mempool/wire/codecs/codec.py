@@ -282,7 +282,7 @@ def tensor_of(part: Part, spec: TensorField, memory: FrameMemory, where: str) ->
 def narrowed(ids: AnyTensor) -> npt.NDArray[np.uint32]:
     """Slot ids as uint32, by numpy: torch would wake its thread pool, which takes milliseconds on a busy host."""
     wide = ids if isinstance(ids, np.ndarray) else ids.detach().cpu().numpy()
-    return wide.astype(np.uint32)
+    return wide.astype(np.uint32, copy=False)
 
 
 def parsed(message: type[MessageT], frame: bytes | memoryview) -> MessageT:
