@@ -30,6 +30,7 @@ from mempool.shard.reading.rows import RowAnswers
 from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
+from mempool.shard.work.beside import Beside
 from mempool.shard.work.jobs import SMALL_BYTES, Shared
 from mempool.shard.work.pace import BAG_ROWS, Pace
 from mempool.types import (
@@ -45,7 +46,6 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
-from mempool.types.running import Clock
 
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
 """Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
@@ -62,8 +62,8 @@ class Answers(RowAnswers):
         message_bytes: What any answer may have.
         pace: Says how much is read before others have their turn.
         reserve: Told the bytes of an answer before it is made; may refuse.
-        asked_s: When the request that is being answered came, on the shard's clock.
-        clock: That: what leases of pins are told by.
+        asked_s: When the request that is being answered came, on the shard's clock, which leases of pins are told by.
+        beside: Lets others read while a kernel does.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Answers(RowAnswers):
         pace: Pace,
         reserve: Callable[[int], None] = lambda _: None,
         asked_s: Callable[[], float] = lambda: 0.0,
-        clock: Clock = time.monotonic,
+        beside: Beside | None = None,
     ) -> None:
         self._tenancy = tenancy
         self._contexts = contexts
@@ -91,7 +91,8 @@ class Answers(RowAnswers):
         self._pace = pace
         self._reserve = reserve
         self._asked_s = asked_s
-        self._clock = clock
+        self._clock = pace.clock
+        self._beside = beside or Beside()
 
     def is_long(self, request: GatherRequest | UpdateRequest, caller: str) -> bool:
         """Whether it is answered in pieces, as far as is seen without opening it. For any thread: it only looks."""
@@ -215,7 +216,9 @@ class Answers(RowAnswers):
 
     def _pooled(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:
         began_s = self._pace.clock()
-        values = self._summed(table, bags, dtype, for_step=for_step, out=out)
+        sums = partial(self._summed, table, bags, dtype, for_step=for_step, out=out)
+        only_reads = isinstance(table, HostedTable) and table.storage.array_rows is not None
+        values = self._beside.letting_in(sums) if only_reads else sums()
         self._pace.took(row_bytes(table) * bags.num_pairs, self._pace.clock() - began_s)
         return values
 

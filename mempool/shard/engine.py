@@ -190,7 +190,7 @@ class Engine:
             pace=self._thread.pace,
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
-            clock=clock,
+            beside=self._thread.beside,
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self.at_once = AtOnce(self._thread, self._answers, self._committing, store)

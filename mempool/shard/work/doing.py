@@ -49,6 +49,13 @@ class Doing:
         self.job: Job | None = None
         self.taken: list[Job] = []
 
+    def said(self, waiting: int) -> str:
+        """What it is at just now, for messages, while so many wait: "it is at 'gather', and 3 more calls wait"; "" for
+        nothing."""
+        if self.job is None:
+            return ""
+        return f"it is at {self.job.stage!r}" + (f", and {waiting} more calls wait" if waiting > 0 else "")
+
     def take(self, jobs: list[Job]) -> None:
         """These are out of the queue; ``turn`` follows."""
         self.taken = jobs

@@ -233,11 +233,16 @@ class JobQueue:
         else:
             self._line_up(job, self._lanes[job.caller.name], _BASE_WEIGHT + min(job.cost, PIECE_BYTES))
 
-    def is_first(self, caller: str, cost: int) -> bool:
-        """Whether a job of this caller would be ready before all that wait."""
+    @property
+    def first(self) -> Job | None:
+        """The one that is ready next, but for the controller's."""
         while self._heap and self._heap[0].job.gone:
             heappop(self._heap)
-        if self._control or not self._heap:
+        return self._heap[0].job if self._heap else None
+
+    def is_first(self, caller: str, cost: int) -> bool:
+        """Whether a job of this caller would be ready before all that wait."""
+        if self._control or self.first is None:
             return not self._control
         lane = self._lanes.get(caller)
         return max(0 if lane is None else lane.ends, self._now) + self._charge(caller, cost) <= self._heap[0].ends

@@ -19,9 +19,10 @@ import torch
 from mempool.errors import DeadlineExceeded, MempoolError, ShardUnavailable
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget
+from mempool.shard.work.beside import Beside
 from mempool.shard.work.doing import Doing
 from mempool.shard.work.jobs import JOB_BYTES, Job, JobQueue, Shared
-from mempool.shard.work.pace import READS, Pace
+from mempool.shard.work.pace import LITTLE_BYTES, READS, Pace
 from mempool.shard.work.results import Awaited, Handed, Outcome, Tell, Told, bare
 from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
@@ -54,6 +55,7 @@ class EngineThread:
 
     Attributes:
         pace: How long its work may be before others have their turn.
+        beside: Lets those who ask for little read while a job does.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class EngineThread:
         self._name = name
         self._clock = clock
         self.pace = Pace(clock, others_wait=self.others_wait)
+        self.beside = Beside()
         self._stages = stages
         self._upkeep = upkeep
         self._upkeep_s = upkeep_s
@@ -107,11 +110,7 @@ class EngineThread:
     @property
     def doing(self) -> str:
         """What it is at just now, for messages: "it is at 'gather', and 3 more calls wait"; "" for nothing."""
-        job = self._doing.job
-        if job is None:
-            return ""
-        waiting = self.num_jobs - 1
-        return f"it is at {job.stage!r}" + (f", and {waiting} more calls wait" if waiting > 0 else "")
+        return self._doing.said(self.num_jobs - 1)
 
     async def run(
         self,
@@ -205,7 +204,9 @@ class EngineThread:
             return None
         if not wait:  # nobody interrupts these threads
             if not self._at_work.acquire(blocking=False):
-                return None
+                if not 0 < cost < LITTLE_BYTES:
+                    return None
+                return self.beside.read(partial(self._at_once, stage, read, request, caller, cost))
             try:
                 return self._at_once(stage, read, request, caller, cost)
             finally:
@@ -422,7 +423,8 @@ class EngineThread:
         now_s = self._clock()
         with self._lock:
             self._take_in()
-            if here and not self._jobs.all_quiet:
+            first = self._jobs.first
+            if here and (not self._jobs.all_quiet or (first and self.pace.holds_up(first.caller.name, first.cost))):
                 return False
             job = self._jobs.ready(now_s=now_s)
             company = [] if job is None else self._jobs.company(job, now_s=now_s)
@@ -438,7 +440,7 @@ class EngineThread:
         if job is None:
             return not here and (self._closed is None or self.others_wait())
         self.pace.serves(job.caller.name)
-        self._doing.turn()
+        self.beside.turn(self._doing.turn)
         if not self._keeping_up:
             self._keeping_up, self._next_upkeep_s = True, now_s + self._upkeep_s
             if here:  # the thread rests, and would not look

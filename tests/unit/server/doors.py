@@ -61,11 +61,14 @@ class ServerProcess:
 
 
 @asynccontextmanager
-async def served(shard: Any = None, *, token: str | None = None, **options: Any) -> AsyncIterator[tuple[str, Server]]:
+async def served(
+    shard: Any = None, *, token: str | None = None, at_once: Any = None, **options: Any
+) -> AsyncIterator[tuple[str, Server]]:
     """Address and server, until the block ends."""
     server = Server(token=token, controller_key=CONTROLLER_KEY, **options)
     address = f"127.0.0.1:{server.bind('127.0.0.1', [0])}"
-    await server.start(shard=AsyncMock() if shard is None else shard, pool=AsyncMock(), lookup=AsyncMock())
+    shard = AsyncMock() if shard is None else shard
+    await server.start(shard=shard, pool=AsyncMock(), lookup=AsyncMock(), at_once=at_once)
     try:
         yield address, server
     finally:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import time
 import weakref
+from dataclasses import replace
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -19,6 +20,7 @@ from mempool.server import Server
 from mempool.shard import Engine
 from mempool.types import GatherReply, GatherRequest, RescaleProgress, ShardInfo, Stamp
 from mempool.types.caller import Caller, calling, current_caller
+from mempool.types.messages import ArrayGather, ArrayGathered
 from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.loop import run
 from mempool.wire.methods import GATHER, RESCALE, STATUS
@@ -90,6 +92,72 @@ def test_stages_of_a_call_are_timed_where_the_engine_times_its_own() -> None:
     assert {time.stage: time.count for time in stages.snapshot()} == dict.fromkeys(
         ("decode", "door", "encode", "receive", "reply"), 3
     )
+
+
+class AnswersArrays:
+    """A shard that is asked at once, for sums of one: what it was asked, and what it says."""
+
+    def __init__(self, said: Exception | None = None, *, has: bool = True) -> None:
+        self.asked: list[tuple[ArrayGather, int, str]] = []
+        self.had: list[bool] = []
+        self._said, self._has = said, has
+
+    def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: Any) -> ArrayGathered | None:
+        self.asked.append((asked, cost, caller))
+        if self._said is not None:
+            raise self._said
+        values = space(asked.offsets.shape[0] - 1, 8)
+        self.had.append(values is not None)
+        if values is None or not self._has:
+            return None
+        values[:] = 1.0
+        return ArrayGathered(STAMP, (0,), values)
+
+    def gather(self, request: GatherRequest, **_: Any) -> None:
+        """It leaves all else to its own calls."""
+
+
+@pytest.mark.parametrize(
+    ("at_once", "asks", "answers"),
+    [
+        (AnswersArrays(), {}, True),
+        (AnswersArrays(has=False), {}, False),
+        (AnswersArrays(StalePlacement("another epoch")), {}, False),
+        (AnswersArrays(), {"bags": 2**13}, False),
+        (AnswersArrays(), {"pin": "8c1e"}, False),
+    ],
+)
+def test_a_small_gather_is_answered_where_it_arrives_and_else_by_its_own_call(
+    at_once: AnswersArrays, asks: dict[str, Any], answers: bool
+) -> None:
+    stages = Stages()
+    bags, pin = asks.get("bags", 1), asks.get("pin", "")
+    request = replace(
+        gather_request(), ids=torch.tensor([3, 1, 2, 1]).to(torch.uint32), pin=pin,
+        offsets=torch.cat((torch.zeros(bags, dtype=torch.int64), torch.tensor([4]))),
+    )  # fmt: skip
+
+    async def main() -> GatherReply:
+        shard = AsyncMock()
+        shard.gather.return_value = REPLY
+        async with served(shard, at_once=at_once, stages=stages) as (address, _), GrpcChannel(address) as channel:
+            reply = await channel.call(GATHER, request, timeout_s=CALL_S)
+            assert shard.gather.await_count == (not answers)
+            return reply
+
+    reply = run(main(), CALL_S)
+    assert (reply.stamp, reply.blocks) == (STAMP, (0,))
+    assert torch.equal(reply.values, torch.full((1, 8), float(answers)))
+    for asked, cost, caller in at_once.asked:
+        assert asked.ids.tolist() == [3, 1, 2, 1]
+        assert cost > asked.ids.nbytes
+        assert caller.startswith("ipv4:127.0.0.1:")
+    assert len(at_once.asked) == (not pin)
+    if bags > 1:
+        assert at_once.had == [False], "there is no room for so large an answer yet"
+    counts = {time.stage: time.count for time in stages.snapshot()}
+    assert counts.keys() == {"decode", "door", "encode", "receive", "reply"}
+    assert counts["encode"] == 1
 
 
 def test_a_sender_that_is_too_slow_is_given_up() -> None:
