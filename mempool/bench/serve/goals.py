@@ -80,7 +80,6 @@ def _shards(scalings: Sequence[Scaling]) -> list[Standing]:
 
 def _loads(loads: Sequence[Load]) -> list[Standing]:
     by = {(load.target, load.shape.name, load.clients, load.loop): load for load in loads}
-    small = _SMALL[0]
 
     def share(of: tuple[str, str, int], beside: tuple[str, str, int]) -> float | None:
         mine, its = by.get((*of, CLOSED)), by.get((*beside, CLOSED))
@@ -88,13 +87,15 @@ def _loads(loads: Sequence[Load]) -> list[Standing]:
 
     found = []
     for target, wanted in _TOTAL.items():
-        what = f"{small}: calls of {_MANY_CLIENTS} clients of {target}, share of {GRPC_ECHO}'s"
-        beside = share((target, small, _MANY_CLIENTS), (GRPC_ECHO, small, _MANY_CLIENTS))
-        found.append(stand(what, wanted, beside))
-        opened = by.get((target, small, _MANY_CLIENTS, OPEN))
-        tail = None if opened is None else opened.times.quantile_ms(0.99) / opened.times.median_ms
-        what = f"{small}: p99 of {target} at {OPEN_SHARE:.0%} of the load of {_MANY_CLIENTS} clients, beside p50, times"
-        found.append(stand(what, 5.0, tail, under=True))
+        for small in _SMALL:
+            what = f"{small}: calls of {_MANY_CLIENTS} clients of {target}, share of {GRPC_ECHO}'s"
+            beside = share((target, small, _MANY_CLIENTS), (GRPC_ECHO, small, _MANY_CLIENTS))
+            found.append(stand(what, wanted, beside))
+            opened = by.get((target, small, _MANY_CLIENTS, OPEN))
+            tail = None if opened is None else opened.times.quantile_ms(0.99) / opened.times.median_ms
+            load = f"{OPEN_SHARE:.0%} of the load of {_MANY_CLIENTS} clients"
+            what = f"{small}: p99 of {target} at {load}, beside p50, times"
+            found.append(stand(what, 5.0, tail, under=True))
         what = f"{_LARGE}: calls of {_SEVERAL_CLIENTS} clients on a shard of {target}, share of one client's"
         found.append(stand(what, 0.95, share((target, _LARGE, _SEVERAL_CLIENTS), (target, _LARGE, 1))))
     return found

@@ -35,7 +35,7 @@ class Workload:
 
     Attributes:
         table: Slots and columns.
-        shapes: Look-ups of one client, the large one first, then the small one.
+        shapes: Look-ups of one client, the large one first, then small ones.
         budget_s: Of the rounds of a shape.
         batch_s: Of the calls over which CPU is counted.
         embedded_shards: Of embedded pools that are compared.
@@ -190,17 +190,17 @@ def _shards(outcome: Outcome, layout: Layout, say: Say) -> None:
 
 def _load(outcome: Outcome, say: Say) -> None:
     workload = outcome.workload
-    large, small = workload.shapes[:2]
+    large, *small = workload.shapes
     spells, length_s = workload.spells, workload.spell_s
     with ExitStack() as stack, _gate(outcome, say):
         say("starting clients")
         count = max(2, *workload.clients)
-        clients = Clients(stack, workload.table, [large, small], count=count, seed=outcome.options.seed)
+        clients = Clients(stack, workload.table, workload.shapes, count=count, seed=outcome.options.seed)
         outcome.load = load.measure(
-            clients, [small, large], workload.clients, spells=spells, length_s=length_s, say=say
+            clients, [*small, large], workload.clients, spells=spells, length_s=length_s, say=say
         )
         outcome.stages = tuple(clients.stages().values())
-        outcome.flood = load.measure_flood(clients, small, large, spells=spells, length_s=length_s)
+        outcome.flood = load.measure_flood(clients, small[0], large, spells=spells, length_s=length_s)
 
 
 @contextmanager
