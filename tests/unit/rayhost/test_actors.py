@@ -1,6 +1,7 @@
 """Names of actors, and the environment of their processes."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,39 @@ def test_workers_import_this_mempool(installed: bool, monkeypatch: pytest.Monkey
     path = {} if installed else {"PYTHONPATH": here + ":${PYTHONPATH}"}
     assert made[0]["runtime_env"] == {"env_vars": {**path, "X": "1"}}
     assert made[1].get("runtime_env") == ({"env_vars": path} if path else None)
+
+
+_HEAPS = """
+import ctypes, re, threading
+malloc = ctypes.CDLL(None).malloc
+malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+met = threading.Barrier(13)
+def allocate():
+    met.wait(20)
+    for _ in range(100):
+        malloc(1000)
+    met.wait(20)
+    met.wait(20)
+threads = [threading.Thread(target=allocate, daemon=True) for _ in range(12)]
+for thread in threads:
+    thread.start()
+met.wait(20)
+met.wait(20)
+starts = [int(line.split("-")[0], 16) for line in open("/proc/self/maps") if " rw-p " in line]
+print(sum(start % 2**26 == 0 for start in starts))
+met.wait(20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its heaps")
+def test_threads_of_a_shard_share_their_heaps() -> None:
+    def heaps(**variables: str) -> int:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        found = subprocess.run(
+            [sys.executable, "-c", _HEAPS], env=environment | variables, capture_output=True, text=True, timeout=60,
+            check=True,
+        )  # fmt: skip
+        return int(found.stdout)
+
+    assert heaps(**kernel_variables(1)) <= 2
+    assert heaps() > 2, "it tells nothing: they would share them anyway"
