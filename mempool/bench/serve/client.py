@@ -40,6 +40,7 @@ class Spell:
         rate: Arrivals a second in the mean, as a Poisson process has them; None: each thread calls again at once.
         seed: Of the arrivals.
         calls: So many at most, in a closed loop; None: as many as its length allows.
+        settle_s: What begins so soon is not counted: threads open lines of their own then, and meet all at once.
     """
 
     target: str
@@ -50,6 +51,7 @@ class Spell:
     rate: float | None = None
     seed: int = 0
     calls: int | None = None
+    settle_s: float = 0.0
 
 
 def serve(parent: Parent, *, targets: dict[str, str], size: dict[str, int], shapes: list[list[int]], seed: int) -> None:
@@ -95,9 +97,9 @@ def spend(spell: Spell, run: Callable[[Pairs], object], sets: list[Pairs]) -> di
     """Do a spell.
 
     Returns:
-        ``latencies_ms`` of all calls that have ended: in an open loop from the moment at which a call was to begin, so
-        that a wait behind others counts. ``unserved``: arrivals that came to nothing, as it was too late for them.
-        ``spent_s``: from the begin to the end of the last call.
+        ``latencies_ms`` of all calls that count and have ended: in an open loop from the moment at which a call was to
+        begin, so that a wait behind others counts. ``unserved``: arrivals that came to nothing, as it was too late for
+        them. ``spent_s``: from when calls count to the end of the last one.
     """
     calls = _Calls(spell, run, sets)
     threads = [threading.Thread(target=calls.work, daemon=True) for _ in range(spell.threads)]
@@ -107,7 +109,7 @@ def spend(spell: Spell, run: Callable[[Pairs], object], sets: list[Pairs]) -> di
         thread.join()
     if calls.failed is not None:
         raise calls.failed
-    spent_s = max(time.monotonic() - spell.begin_s, spell.length_s)
+    spent_s = max(time.monotonic() - spell.begin_s, spell.length_s) - spell.settle_s
     return {"latencies_ms": calls.latencies_ms, "unserved": calls.unserved, "spent_s": spent_s}
 
 
@@ -131,7 +133,8 @@ class _Calls:
                 number, due_s = call
                 _sleep_until(due_s)
                 self._run(self._sets[number % len(self._sets)])
-                self.latencies_ms.append((time.monotonic() - due_s) * 1e3)
+                if due_s >= self._spell.begin_s + self._spell.settle_s:
+                    self.latencies_ms.append((time.monotonic() - due_s) * 1e3)
         except BaseException as error:
             self.failed = error
 

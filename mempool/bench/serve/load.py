@@ -25,6 +25,8 @@ ALONE, FLOODED = "alone", "beside a flood"
 #: Of the rate that the same clients reach in a closed loop.
 OPEN_SHARE = 0.7
 _FLOOD_THREADS = 4
+#: Of an open loop, until it is as it will be.
+_SETTLE_S = 0.5
 #: From an order to the begin of what all do together.
 _LEAD_S = 0.05
 _ANSWER_TIMEOUT_S = 120.0
@@ -157,10 +159,8 @@ class Clients:
 
     def open(self, target: str, shape: Shape, clients: int, length_s: float, rate: float, seed: int) -> Spent:
         """So many clients ask at moments that come to ``rate`` a second together."""
-        spells = [
-            Spell(target, _pair(shape), 0.0, length_s, OPEN_THREADS, rate / clients, seed * clients + number)
-            for number in range(clients)
-        ]
+        asks = Spell(target, _pair(shape), 0.0, length_s + _SETTLE_S, OPEN_THREADS, rate / clients, settle_s=_SETTLE_S)
+        spells = [replace(asks, seed=seed * clients + number) for number in range(clients)]
         return self._spent(target, spells)
 
     def flooded(self, target: str, small: Shape, large: Shape, length_s: float) -> Spent:

@@ -54,6 +54,12 @@ def test_a_wait_behind_others_counts_in_an_open_loop() -> None:
         assert found["latencies_ms"] == pytest.approx([1000.0, 1900.0, 2800.0, 1000.0])
         assert found["spent_s"] == pytest.approx(6.0)
         clock[0] = 100.0
+        settled = spend(Spell("x", [1, 1], 100.0, 6.0, rate=1.0, settle_s=0.2), a_second, [pairs])
+        assert settled["latencies_ms"] == pytest.approx([2800.0, 1000.0]), (
+            "what waits behind the begin waits all the same"
+        )
+        assert settled["spent_s"] == pytest.approx(5.8)
+        clock[0] = 100.0
         patch.setattr("mempool.bench.serve.client.arrivals", lambda *_: [0.0] * 5)
         late = spend(Spell("x", [1, 1], 100.0, 1.0, rate=1.0), a_second, [pairs])
         assert (len(late["latencies_ms"]), late["unserved"]) == (3, 2)
