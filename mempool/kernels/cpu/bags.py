@@ -37,8 +37,7 @@ from mempool.kernels.cpu.vectors import LANES, add_product, dot_tile, sum_tile
 
 # Pairs that are listed at once: so many that the rest of the work is nothing beside, and the list stays in the cache.
 PIECE = 512
-# Rows that are prefetched ahead of the one that is read: these bytes of them, but so many rows at least, and at most.
-AHEAD_BYTES, LEAST_AHEAD, MOST_AHEAD = 8192, 8, 32
+_AHEAD_BYTES, _LEAST_AHEAD, _MOST_AHEAD = 8192, 8, 32
 # Columns of a tile: as many as registers hold, then less for what is left.
 _WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST = (256 if has_wide_registers() else 64), 64, 2 * LANES, LANES, LANES // 2
 _sum_wide, _sum_middle, _sum_narrow, _sum_slim, _sum_least = map(sum_tile, (_WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST))
@@ -81,14 +80,20 @@ def arena_of(paged: Paged) -> Arena:
 class Listed(NamedTuple):
     """The pairs of a piece that are here, and the rows that are read after them."""
 
-    rows: Array  # [PIECE + MOST_AHEAD] int64
+    rows: Array  # [PIECE + _MOST_AHEAD] int64
     weights: Array  # [PIECE] float32
     places: Array  # [PIECE + 1] int64: how many pairs of the piece that are here come before each
 
 
+@inlined
+def rows_ahead(row_bytes: int) -> Any:
+    """How many rows are prefetched ahead of the one that is read: so many bytes of them, within bounds."""
+    return min(max(_AHEAD_BYTES // row_bytes, _LEAST_AHEAD), _MOST_AHEAD)
+
+
 @serial
 def new_list() -> Any:
-    rows, places = np.empty(PIECE + MOST_AHEAD, dtype=np.int64), np.empty(PIECE + 1, dtype=np.int64)
+    rows, places = np.empty(PIECE + _MOST_AHEAD, dtype=np.int64), np.empty(PIECE + 1, dtype=np.int64)
     return Listed(rows, np.ones(PIECE, dtype=np.float32), places)
 
 
@@ -118,7 +123,7 @@ def list_pairs(arena: Arena, ids: Array, weights: Array, first: int, end: int, l
         into.places[num_pairs] = count
     else:
         count = num_pairs
-    for ahead in range(np.uintp(MOST_AHEAD)):
+    for ahead in range(np.uintp(_MOST_AHEAD)):
         row = 0
         if end + np.int64(ahead) < last:
             row = max(row, locate(ids[np.uintp(end) + ahead], arena.page_table, arena.page_shift))
@@ -187,7 +192,7 @@ def sum_listed(
         following = column + columns
         next_columns = _tile_columns(arena, following, end_column)
         then, back = (following, count) if next_columns > 0 else (after, ZERO)
-        ahead = min(max(AHEAD_BYTES // (columns * rows.itemsize), LEAST_AHEAD), MOST_AHEAD)
+        ahead = rows_ahead(columns * rows.itemsize)
         source = rows, scales_start, block_dim, listed, first, count, ahead, column, then, back
         if columns == _WIDE and columns == end_column - first_column and after == first_column:
             # The usual width: what is read next follows in the list, which the compiler is told.
@@ -403,7 +408,7 @@ def dot_listed(
         following = column + columns
         next_columns = _tile_columns(arena, following, end_column)
         then, back = (following, count) if next_columns > 0 else (after, back_after)
-        ahead = min(max(AHEAD_BYTES // (columns * rows.itemsize), LEAST_AHEAD), MOST_AHEAD)
+        ahead = rows_ahead(columns * rows.itemsize)
         source = rows, scales_start, block_dim, listed, first, count, ahead, column, then, back
         if columns == _WIDE and columns == end_column - first_column and back_after == 0 and after == first_column:
             alone = rows, scales_start, block_dim, listed, first, count, ahead, column, column, 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
-from mempool.kernels.cpu.bags import AHEAD_BYTES, LEAST_AHEAD, MOST_AHEAD, Arena, arena_of
+from mempool.kernels.cpu.bags import Arena, arena_of, rows_ahead
 from mempool.kernels.cpu.elements import load, locate, store_block
 from mempool.kernels.cpu.runtime import (
     Array,
@@ -62,8 +62,9 @@ def _read_rows(arena: Arena, ids: Array, num_tasks: int, out: Array) -> None:
 
 @serial
 def _copy_task(
-    task: int, rows: Array, page_table: Array, page_shift: int, ids: Array, ahead: int, num_tasks: int, out: Array
+    task: int, rows: Array, page_table: Array, page_shift: int, ids: Array, num_tasks: int, out: Array
 ) -> None:
+    ahead = rows_ahead(rows.shape[1])
     for position in range(ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks):
         if position + ahead < ids.shape[0]:
             row = locate(ids[position + ahead], page_table, page_shift)
@@ -79,19 +80,16 @@ def _copy_task(
 
 
 @kernel
-def _copy_rows(
-    rows: Array, page_table: Array, page_shift: int, ids: Array, ahead: int, num_tasks: int, out: Array
-) -> None:
-    spread(num_tasks, _copy_task, (rows, page_table, page_shift, ids, ahead, num_tasks, out))
+def _copy_rows(rows: Array, page_table: Array, page_shift: int, ids: Array, num_tasks: int, out: Array) -> None:
+    spread(num_tasks, _copy_task, (rows, page_table, page_shift, ids, num_tasks, out))
 
 
 def _copied_rows(paged: Paged, ids: Tensor, out: Tensor) -> Tensor:
     if out.numel() == 0 or paged.rows.shape[0] == 0:
         return out.zero_()
     rows, target = (storage(of).view(np.uint8) for of in (paged.rows, out))
-    ahead = min(max(AHEAD_BYTES // rows.shape[1], LEAST_AHEAD), MOST_AHEAD)
     num_tasks = several_tasks(use_threads(out.numel()), _TASKS_PER_THREAD)
-    _copy_rows(rows, view(paged.page_table), paged.page_shift, view(ids), ahead, num_tasks, target)
+    _copy_rows(rows, view(paged.page_table), paged.page_shift, view(ids), num_tasks, target)
     return out
 
 
