@@ -38,12 +38,16 @@ def make_actor(
 
 
 def kernel_variables(threads: int) -> dict[str, str]:
-    """The environment of a process that runs kernels: its threads, which sleep when they have nothing to do, and the
-    heaps that all of its threads share.
+    """The environment of a process that runs kernels: its threads, which sleep when they have nothing to do.
 
     Ray by itself sets OMP_NUM_THREADS=1 for actors without CPUs.
     """
-    return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads), **_QUIET_THREADS, **_FEW_HEAPS}
+    return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads), **_QUIET_THREADS}
+
+
+def shard_variables(threads: int) -> dict[str, str]:
+    """The environment of a shard's process: also the heaps that its threads share, where nobody has said otherwise."""
+    return {**kernel_variables(threads), **{name: os.environ.get(name, few) for name, few in _FEW_HEAPS.items()}}
 
 
 def run_beside_others() -> None:

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable, StorageFailed
-from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
+from mempool.rayhost.actors import NAMESPACE, free_resources, make_actor, shard_name, shard_of, shard_variables
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.nodes.placing import Placing
 from mempool.rayhost.resources import PROCESS_BYTES, asked, remedies, shortage
@@ -244,7 +244,7 @@ class RayLauncher:
             max_task_retries=0,  # at most once: calls of the controller are repeated by the controller
             # Bound to a node that is there, but full, it waits: elsewhere it would have lost its pages.
             scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True) if home else "SPREAD",
-            variables=kernel_variables(shard_config.threads),
+            variables=shard_variables(shard_config.threads),
         )
         return self._actors[shard]
 

@@ -202,6 +202,7 @@ def handler(
         called_s = decoded_s
         encoded = None if at_once is None else at_once(frame, peer)
         if encoded is None:
+            decoded_s = time.perf_counter()
             request = method.request.decode(frame)
             stages.record("decode", time.perf_counter() - decoded_s)
             with calling(Caller(peer, _deadline_s(context), ended.then)):

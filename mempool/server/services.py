@@ -130,13 +130,14 @@ class Services:
             asked = arrays.read_gather(frame)
             if asked is None or asked.ids.shape[0] > _FEW_PAIRS:
                 return None
-            stages.record("decode", time.perf_counter() - came_s)
+            decoded_s = time.perf_counter() - came_s
             try:
                 reply = at_once.gather_arrays(asked, cost=len(frame), caller=caller, space=_small_values)
             except MempoolError:
                 return None  # the call knows what to say
             if reply is None:
                 return None
+            stages.record("decode", decoded_s)
             came_s = time.perf_counter()
             encoded = arrays.gathered(reply)
             stages.record("encode", time.perf_counter() - came_s)

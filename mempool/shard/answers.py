@@ -30,6 +30,7 @@ from mempool.shard.reading.rows import RowAnswers
 from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
+from mempool.shard.work import pace as of_pace
 from mempool.shard.work.beside import Beside
 from mempool.shard.work.jobs import SMALL_BYTES, Shared
 from mempool.shard.work.pace import BAG_ROWS, Pace
@@ -46,6 +47,7 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
+from mempool.types.messages import ArrayGather
 
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
 """Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
@@ -100,6 +102,20 @@ class Answers(RowAnswers):
         if table is None or request.ids is None:
             return False
         return self._pace.is_long(row_bytes(table) * request.ids.numel(), caller)
+
+    def is_little(self, asked: ArrayGather) -> bool:
+        """Whether it reads so little that whoever it is read beside waits no longer than for a small piece. For any
+        thread, likewise."""
+        table = self._tenancy.tables.get(asked.envelope.table_id)
+        num_rows = asked.ids.shape[0] + BAG_ROWS * asked.offsets.shape[0]
+        return table is not None and row_bytes(table) * num_rows <= of_pace.LEAST_PIECE_BYTES
+
+    def lets_in(self, request: GatherRequest) -> bool:
+        """Whether it is done in pieces beside which others may read, as far as is seen. For any thread, likewise."""
+        table = self._tenancy.tables.get(request.envelope.table_id)
+        if table is None or request.act or request.pin or table.storage.array_rows is None:
+            return False
+        return row_bytes(table) * request.ids.numel() > 2 * of_pace.LEAST_PIECE_BYTES
 
     def gather(
         self, request: GatherRequest, *, space: Space | None = None
@@ -215,12 +231,14 @@ class Answers(RowAnswers):
         return self._gathered(begun, values)
 
     def _pooled(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:
-        began_s = self._pace.clock()
-        sums = partial(self._summed, table, bags, dtype, for_step=for_step, out=out)
+        def sums() -> Tensor:
+            began_s = self._pace.clock()
+            values = self._summed(table, bags, dtype, for_step=for_step, out=out)
+            self._pace.took(row_bytes(table) * bags.num_pairs, self._pace.clock() - began_s)
+            return values
+
         only_reads = isinstance(table, HostedTable) and table.storage.array_rows is not None
-        values = self._beside.letting_in(sums) if only_reads else sums()
-        self._pace.took(row_bytes(table) * bags.num_pairs, self._pace.clock() - began_s)
-        return values
+        return self._beside.letting_in(sums) if only_reads else sums()
 
     def _summed(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:
         storage = table.storage

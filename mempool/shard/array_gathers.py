@@ -29,7 +29,7 @@ ArraySpace = Callable[[int, int], Any]
 
 
 class ArrayGathers:
-    """See the module; on the engine's thread, or whoever has it stand still.
+    """See the module; on the engine's thread, or whoever has it stand still, or reads beside it.
 
     Args:
         tenancy: The tables.

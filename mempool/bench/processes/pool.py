@@ -54,10 +54,10 @@ def pool_process(
     Raises:
         ChildError: It does not start.
     """
-    from mempool.rayhost.actors import kernel_variables
+    from mempool.rayhost.actors import shard_variables
 
     arguments = {"shards": shards, "threads": threads, "memory_bytes": memory_bytes}
-    environment = kernel_variables(threads) if variables is None else variables
+    environment = shard_variables(threads) if variables is None else variables
     with Child(f"{_SELF}:serve", arguments, variables=environment, without=WAITING) as child:
         ready = child.hear()
         yield PoolProcess(ready["address"], [child.pid, *ready["pids"]])

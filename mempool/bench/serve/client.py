@@ -99,7 +99,7 @@ def spend(spell: Spell, run: Callable[[Pairs], object], sets: list[Pairs]) -> di
     Returns:
         ``latencies_ms`` of all calls that count and have ended: in an open loop from the moment at which a call was to
         begin, so that a wait behind others counts. ``unserved``: arrivals that came to nothing, as it was too late for
-        them. ``spent_s``: from when calls count to the end of the last one.
+        them. ``served``: all that have ended. ``spent_s``: from when calls count to the end of the last one.
     """
     calls = _Calls(spell, run, sets)
     threads = [threading.Thread(target=calls.work, daemon=True) for _ in range(spell.threads)]
@@ -110,7 +110,7 @@ def spend(spell: Spell, run: Callable[[Pairs], object], sets: list[Pairs]) -> di
     if calls.failed is not None:
         raise calls.failed
     spent_s = max(time.monotonic() - spell.begin_s, spell.length_s) - spell.settle_s
-    return {"latencies_ms": calls.latencies_ms, "unserved": calls.unserved, "spent_s": spent_s}
+    return {"latencies_ms": calls.latencies_ms, "unserved": calls.unserved, "served": calls.served, "spent_s": spent_s}
 
 
 class _Calls:
@@ -122,8 +122,14 @@ class _Calls:
         self._lock = threading.Lock()
         self._taken = 0
         self.latencies_ms: list[float] = []
+        self._settling: list[float] = []
         self.unserved = 0
         self.failed: BaseException | None = None
+
+    @property
+    def served(self) -> int:
+        """Calls that have ended."""
+        return len(self.latencies_ms) + len(self._settling)
 
     def work(self) -> None:
         """[THREAD] until there is nothing left to do."""
@@ -133,8 +139,8 @@ class _Calls:
                 number, due_s = call
                 _sleep_until(due_s)
                 self._run(self._sets[number % len(self._sets)])
-                if due_s >= self._spell.begin_s + self._spell.settle_s:
-                    self.latencies_ms.append((time.monotonic() - due_s) * 1e3)
+                counts = due_s >= self._spell.begin_s + self._spell.settle_s
+                (self.latencies_ms if counts else self._settling).append((time.monotonic() - due_s) * 1e3)
         except BaseException as error:
             self.failed = error
 

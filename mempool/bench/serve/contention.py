@@ -35,6 +35,8 @@ from mempool.rayhost.actors import kernel_variables
 
 _CALL_TIMEOUT_S = 120.0
 _WARM_UP_ROUNDS = 3
+# Of an open loop, until it is as it will be.
+_SETTLE_S = 0.5
 # Of what p99 may be beside p50.
 _TAIL = 5.0
 _VALUE_DIM = 256
@@ -172,7 +174,7 @@ def beside(*, clients: int, seconds: float, threads: int, num_slots: int) -> lis
                     saturated = load.closed(target, asked, clients, seconds)
                 rate = OPEN_SHARE * saturated.calls_per_s
                 with _training(step, threads) as gathers_s:
-                    opened = load.open(target, asked, clients, seconds, rate, seed=0)
+                    opened = load.open(target, asked, clients, seconds, rate, 0, _SETTLE_S)
             times, own = Times(tuple(opened.latencies_ms)), Times(tuple(1e3 * one for one in gathers_s))
             p50_ms, p99_ms = times.median_ms, times.quantile_ms(0.99)
             found.append(

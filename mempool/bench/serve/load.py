@@ -25,8 +25,6 @@ ALONE, FLOODED = "alone", "beside a flood"
 #: Of the rate that the same clients reach in a closed loop.
 OPEN_SHARE = 0.7
 _FLOOD_THREADS = 4
-#: Of an open loop, until it is as it will be.
-_SETTLE_S = 0.5
 #: From an order to the begin of what all do together.
 _LEAD_S = 0.05
 _ANSWER_TIMEOUT_S = 120.0
@@ -86,11 +84,13 @@ class _Target:
 
 @dataclass(frozen=True)
 class Spent:
-    """One spell of several clients. What the server spent is told where all its calls are."""
+    """One spell of several clients. What the server spent is told where all its calls are: on ``served`` of them, also
+    those that do not count."""
 
     latencies_ms: list[float]
     calls_per_s: float
     unserved: int
+    served: int
     cpu_s: float | None
     stages: dict[str, tuple[int, float]]
 
@@ -157,9 +157,12 @@ class Clients:
         """So many clients ask again as soon as they are answered."""
         return self._spent(target, [Spell(target, _pair(shape), 0.0, length_s) for _ in range(clients)])
 
-    def open(self, target: str, shape: Shape, clients: int, length_s: float, rate: float, seed: int) -> Spent:
-        """So many clients ask at moments that come to ``rate`` a second together."""
-        asks = Spell(target, _pair(shape), 0.0, length_s + _SETTLE_S, OPEN_THREADS, rate / clients, settle_s=_SETTLE_S)
+    def open(
+        self, target: str, shape: Shape, clients: int, length_s: float, rate: float, seed: int, settle_s: float
+    ) -> Spent:
+        """So many clients ask at moments that come to ``rate`` a second together, which count once they have done so
+        for ``settle_s``."""
+        asks = Spell(target, _pair(shape), 0.0, settle_s + length_s, OPEN_THREADS, rate / clients, settle_s=settle_s)
         spells = [replace(asks, seed=seed * clients + number) for number in range(clients)]
         return self._spent(target, spells)
 
@@ -196,13 +199,21 @@ class Clients:
             [latency for answer in told for latency in answer["latencies_ms"]],
             sum(len(answer["latencies_ms"]) / answer["spent_s"] for answer in told),
             sum(answer["unserved"] for answer in told),
+            sum(answer["served"] for answer in told),
             None if before_s is None or after_s is None or counted is not None else after_s - before_s,
             passed if counted is None else {},
         )
 
 
 def measure(
-    clients: Clients, shapes: Sequence[Shape], counts: Sequence[int], *, spells: int, length_s: float, say: Say
+    clients: Clients,
+    shapes: Sequence[Shape],
+    counts: Sequence[int],
+    *,
+    spells: int,
+    length_s: float,
+    settle_s: float,
+    say: Say,
 ) -> list[Load]:
     """Closed loops of all servers and numbers of clients in turn, so many times; then open loops, at a share of it."""
     targets = (*clients.remote, echoes.GRPC_ECHO, echoes.UNIX_ECHO)
@@ -220,7 +231,7 @@ def measure(
         for number in range(spells):
             for (target, count), rate in rates.items():
                 if target != echoes.UNIX_ECHO:  # a connection bears one call at a time
-                    spent = clients.open(target, shape, count, length_s, rate, number)
+                    spent = clients.open(target, shape, count, length_s, rate, number, settle_s)
                     opened.setdefault((target, count), []).append(spent)
         loads += [
             _load(target, shape, count, OPEN, rates[target, count], some) for (target, count), some in opened.items()
@@ -253,6 +264,7 @@ def measure_flood(
 def _load(target: str, shape: Shape, clients: int, loop: str, offered: float | None, spent: Sequence[Spent]) -> Load:
     latencies = tuple(latency for one in spent for latency in one.latencies_ms)
     cpu_s = [one.cpu_s for one in spent if one.cpu_s is not None]
+    served = sum(one.served for one in spent)
     counts: dict[str, int] = {}
     totals_s: dict[str, float] = {}
     for one in spent:
@@ -268,7 +280,7 @@ def _load(target: str, shape: Shape, clients: int, loop: str, offered: float | N
         calls_per_s=statistics.median(one.calls_per_s for one in spent),
         times=Times(latencies),
         unserved=sum(one.unserved for one in spent),
-        server_cpu_ms=sum(cpu_s) * 1e3 / len(latencies) if cpu_s and latencies else None,
+        server_cpu_ms=sum(cpu_s) * 1e3 / served if cpu_s and served else None,
         stages={name: {"count": count, "mean_ms": totals_s[name] * 1e3 / count} for name, count in counts.items()},
     )
 

@@ -43,6 +43,7 @@ class Workload:
         clients: Processes that look up at once.
         spells: Of each number of clients.
         spell_s: Of which length.
+        settle_s: Of an open loop before that, until it is as it will be.
     """
 
     table: TableSize = field(default_factory=lambda: TableSize(2**18, 256))
@@ -54,6 +55,7 @@ class Workload:
     clients: tuple[int, ...] = (1, 4, 8)
     spells: int = 3
     spell_s: float = 2.0
+    settle_s: float = 0.5
 
     def quick(self) -> Workload:
         """Less of everything."""
@@ -197,7 +199,13 @@ def _load(outcome: Outcome, say: Say) -> None:
         count = max(2, *workload.clients)
         clients = Clients(stack, workload.table, workload.shapes, count=count, seed=outcome.options.seed)
         outcome.load = load.measure(
-            clients, [*small, large], workload.clients, spells=spells, length_s=length_s, say=say
+            clients,
+            [*small, large],
+            workload.clients,
+            spells=spells,
+            length_s=length_s,
+            settle_s=workload.settle_s,
+            say=say,
         )
         outcome.stages = tuple(clients.stages().values())
         outcome.flood = load.measure_flood(clients, small[0], large, spells=spells, length_s=length_s)

@@ -44,7 +44,7 @@ def joined(several: Sequence[Bags]) -> Bags | None:
 
 
 class Contexts:
-    """Contexts of all tables of a shard, by lookup id. Not thread-safe: used by the engine's thread only.
+    """Contexts of all tables of a shard, by lookup id. Not thread-safe: of whoever has the engine.
 
     Args:
         room: Bytes that may be remembered, asked for whenever more is: the oldest are then forgotten, and one that is

@@ -48,7 +48,7 @@ class AtOnce:
     and has the shard's own thread do what writes. The others are for threads that nobody interrupts.
 
     Args:
-        thread: Stands still meanwhile.
+        thread: Stands still meanwhile, or reads rows.
         answers, committing: Make the answers.
         store: What the shard keeps on a disk: nobody is told of what is not durable yet.
     """
@@ -100,7 +100,8 @@ class AtOnce:
         before what waits. cost: As of ``cost_of``, above 0."""
         self._thread.pace.asks(caller, cost)
         answer = partial(self._answers.arrays.gather, space=space)
-        return self._answer("gather", answer, asked, wait=False, caller=caller, cost=cost)
+        beside = self._answers.is_little(asked)
+        return self._answer("gather", answer, asked, wait=False, caller=caller, cost=cost, beside=beside)
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None:
         """The same of an update."""
@@ -145,7 +146,13 @@ class AtOnce:
 
     def take_turn(self) -> bool:
         """Run what waits, or a piece of it, on the caller's own thread, where all of it was lined up quietly and nobody
-        else is at it; False: that is not so, and ``hand_over`` is for the shard's own thread to see to it."""
+        else is at it; False: that is not so, and ``hand_over`` is for the shard's own thread to see to it. So it is for
+        a long read beside which others could read who ask this thread for little."""
+        first = self._thread.first
+        if first is not None and isinstance(first.request, GatherRequest):
+            shared = self._thread.pace.is_shared_by(first.caller.name)
+            if shared and self._answers.lets_in(first.request):
+                return False
         return self._thread.take_turn()
 
     def hand_over(self) -> None:
@@ -200,11 +207,13 @@ class AtOnce:
         wait: bool,
         caller: str = "",
         cost: int = 0,
+        beside: bool = False,
     ) -> ReplyT | None:
         if not self._may_tell:  # nor will it, most likely, when this is read
             return None
         whole = partial(_whole, answer)
-        return self._durable(self._thread.at_once(stage, whole, request, wait=wait, caller=caller, cost=cost))
+        thread = self._thread
+        return self._durable(thread.at_once(stage, whole, request, wait=wait, caller=caller, cost=cost, beside=beside))
 
     def _durable(self, reply: ReplyT | None) -> ReplyT | None:
         return reply if self._may_tell else None

@@ -1,7 +1,8 @@
 """Small reads beside a long one: while a kernel reads rows for one caller, another is read for on a thread of its own.
 
 Whoever asks for little beside one that asks for much would wait for a piece of that each time. While a kernel reads,
-nothing of the shard's state is in between: it changes rows no more than they do, and runs without the interpreter.
+nothing of the shard's state is in between, and it runs without the interpreter: what a gather changes besides (lookups
+that are remembered, counts, a round whose lease is over) is no part of the rows that the kernel reads.
 """
 
 import threading
@@ -29,8 +30,8 @@ class Beside:
             self._allowed = False
 
     def letting_in(self, read: Callable[[], T]) -> T:
-        """The job's own: what ``read`` answers, which changes nothing of the shard's state. When this returns nobody
-        reads beside it any more."""
+        """The job's own: what ``read`` answers, which changes nothing that a gather reads or changes. When this returns
+        nobody reads beside it any more."""
         if not self._allowed:
             return read()
         self._open = True

@@ -65,11 +65,6 @@ class Pace:
         """The same of one that it may work for next."""
         return self._is_shared(_process_of(caller))
 
-    def holds_up(self, caller: str, cost: int) -> bool:
-        """Whether somebody who asks for little could read beside a request of so many bytes, were that answered by
-        another thread than the one that he asks."""
-        return cost >= LITTLE_BYTES and self.is_shared_by(caller)
-
     def _is_shared(self, process: str) -> bool:
         name, asked_s = self._before if self._last[0] == process else self._last
         return name != process and self.clock() - asked_s < _RECENT_S

@@ -1,7 +1,7 @@
 """The engine's one thread: runs jobs in the order that ``jobs`` says, their results for asyncio.
 
-All state behind an engine is touched by this thread, or by a reader that has it stand still meanwhile, so nothing
-there needs a lock. A failure after which nothing can be trusted (of CUDA's context, of the interpreter) ends it; those
+All state behind an engine is touched by this thread, or by a reader while it stands still or reads (``beside``):
+nothing there needs a lock. A failure after which nothing can be trusted (of CUDA's context, of the interpreter) ends it; those
 who wait are told, and whoever asked to be.
 """
 
@@ -22,20 +22,15 @@ from mempool.shard.steps.budget import Budget
 from mempool.shard.work.beside import Beside
 from mempool.shard.work.doing import Doing
 from mempool.shard.work.jobs import JOB_BYTES, Job, JobQueue, Shared
-from mempool.shard.work.pace import LITTLE_BYTES, READS, Pace
+from mempool.shard.work.pace import READS, Pace
 from mempool.shard.work.results import Awaited, Handed, Outcome, Tell, Told, bare
-from mempool.shard.work.trying import Trying
+from mempool.shard.work.trying import OWN_ERRORS, Trying
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner, holds_others_up
 
 T = TypeVar("T")
 RequestT = TypeVar("RequestT")
 
-# Errors of a read; others are those of a signal's handler, which are for whom it has interrupted.
-_OWN = (
-    MempoolError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
 _LOG = logging.getLogger(__name__)
 
 
@@ -89,8 +84,7 @@ class EngineThread:
         self._at_work = threading.Lock()  # held by whoever touches the state: the thread, or a reader on its own
         self._reader = 0  # the thread that read last, where signals' handlers may run
         self._closed: str | None = None
-        self._keeping_up = False
-        self._next_upkeep_s = self._busy_s = 0.0
+        self._keeping_up, self._next_upkeep_s, self._busy_s = False, 0.0, 0.0
         self._worker = runner.worker(self._turn, name=name, within=torch.no_grad)  # rung once for each job in line
 
     @property
@@ -106,6 +100,13 @@ class EngineThread:
     def others_wait(self) -> bool:
         """Whether jobs wait for the one that runs."""
         return bool(self._asked or self._jobs)
+
+    @property
+    def first(self) -> Job | None:
+        """Of those that wait the one whose turn is next, but for the controller's."""
+        with self._lock:
+            self._take_in()
+            return self._jobs.first
 
     @property
     def doing(self) -> str:
@@ -189,6 +190,7 @@ class EngineThread:
         wait: bool,
         caller: str = "",
         cost: int = 0,
+        beside: bool = False,
     ) -> T | None:
         """Run what only reads on the caller's own thread, where nothing else is to be done before.
 
@@ -196,6 +198,7 @@ class EngineThread:
             read: Is given the request. It may be cut off anywhere, by a signal's handler.
             wait: For whoever is at work to end; False: they are not waited for.
             cost: As of ``run``, where it may go before those whose turn is later than its caller's; 0: it never does.
+            beside: Where nobody is waited for, it may be done while a job reads.
 
         Returns:
             Its result. None where others are to be served before, or it failed in any way: ``run`` it then.
@@ -204,15 +207,13 @@ class EngineThread:
             return None
         if not wait:  # nobody interrupts these threads
             if not self._at_work.acquire(blocking=False):
-                if not 0 < cost < LITTLE_BYTES:
-                    return None
-                return self.beside.read(partial(self._at_once, stage, read, request, caller, cost))
+                own = partial(self._at_once, stage, read, request, caller, cost)
+                return self.beside.read(own) if beside else None
             try:
                 return self._at_once(stage, read, request, caller, cost)
             finally:
                 self._at_work.release()
-        me = threading.get_ident()
-        if self._reader == me and self._at_work.locked():
+        if self._reader == (me := threading.get_ident()) and self._at_work.locked():
             return None  # to a signal's handler: what it has interrupted holds the shard, and would be waited for
         with self._at_work:
             self._reader = me  # no call in between, after which a handler may come: it would not know itself
@@ -237,7 +238,9 @@ class EngineThread:
         started_s = self._clock()
         try:
             result = read(request)
-        except _OWN:  # whatever it is, ``run`` finds it again, and knows what to do
+        except OWN_ERRORS:  # whatever it is, ``run`` finds it again, and knows what to do
+            return None
+        if result is None:
             return None
         took_s = self._clock() - started_s
         self._busy_s += took_s
@@ -423,8 +426,7 @@ class EngineThread:
         now_s = self._clock()
         with self._lock:
             self._take_in()
-            first = self._jobs.first
-            if here and (not self._jobs.all_quiet or (first and self.pace.holds_up(first.caller.name, first.cost))):
+            if here and not self._jobs.all_quiet:
                 return False
             job = self._jobs.ready(now_s=now_s)
             company = [] if job is None else self._jobs.company(job, now_s=now_s)

@@ -10,6 +10,11 @@ from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.work.jobs import Job
 from mempool.shard.work.results import Outcome, bare
 
+#: Of a read; others are those of a signal's handler, which are for whom it has interrupted.
+OWN_ERRORS = (
+    MempoolError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 _LOG = logging.getLogger(__name__)
 
 

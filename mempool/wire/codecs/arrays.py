@@ -36,8 +36,7 @@ def read_gather(frame: bytes) -> ArrayGather | None:
         return None
     if message.reply_dtype not in _WHOLE or message.act or message.pin or message.HasField("inputs"):
         return None
-    # What a field says twice protobuf merges, and the careful codec refuses.
-    if message.ByteSize() != len(frame) or not message.HasField("envelope"):
+    if not message.HasField("envelope"):
         return None
     ids = _flat(message.ids, tensor_pb2.DTYPE_UINT32, np.uint32)
     offsets = _flat(message.offsets, tensor_pb2.DTYPE_INT64, np.int64)

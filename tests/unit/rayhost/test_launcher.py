@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from mempool.config import ClusterConfig, PoolConfig, ShardConfig, StorageConfig, load
 from mempool.errors import ConfigError, DataLoss, MempoolError, ShardUnavailable
 from mempool.rayhost import launcher as launcher_module
-from mempool.rayhost.actors import NAMESPACE, kernel_variables
+from mempool.rayhost.actors import NAMESPACE, shard_variables
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.nodes import placing
@@ -488,5 +488,5 @@ def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) 
         "max_restarts": 7,
         "max_task_retries": 0,
         "scheduling_strategy": "SPREAD",
-        "variables": kernel_variables(2),
+        "variables": shard_variables(2),
     }

@@ -157,7 +157,7 @@ def test_a_small_gather_is_answered_where_it_arrives_and_else_by_its_own_call(
         assert at_once.had == [False], "there is no room for so large an answer yet"
     counts = {time.stage: time.count for time in stages.snapshot()}
     assert counts.keys() == {"decode", "door", "encode", "receive", "reply"}
-    assert counts["encode"] == 1
+    assert set(counts.values()) == {1}
 
 
 def test_a_sender_that_is_too_slow_is_given_up() -> None:

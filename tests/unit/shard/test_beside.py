@@ -114,9 +114,9 @@ def as_arrays(driver: Driver, bags: Bags, *, lookup_id: int = 7, remember: bool 
     )  # fmt: skip
 
 
-def summed(engine: Engine, asked: ArrayGather, *, cost: int = LITTLE) -> ArrayGathered | None:
+def summed(engine: Engine, asked: ArrayGather) -> ArrayGathered | None:
     return engine.at_once.gather_arrays(
-        asked, cost=cost, caller="ipv4:10.0.0.2:3", space=lambda bags, width: np.empty((bags, width), np.float32)
+        asked, cost=LITTLE, caller="ipv4:10.0.0.2:3", space=lambda bags, width: np.empty((bags, width), np.float32)
     )
 
 
@@ -143,26 +143,40 @@ def test_a_small_gather_is_answered_and_remembered_beside_a_job_that_reads(make_
     assert found is not None
     assert torch.equal(torch.from_numpy(found.values), expected)
     assert len(engine._answers._contexts) == 1
-    assert summed(engine, as_arrays(driver, bags), cost=pace.LITTLE_BYTES) is None, "it would hold the job up"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "LEAST_PIECE_BYTES", 16)
+        assert summed(engine, as_arrays(driver, bags)) is None, "it would hold the job up"
     assert engine.at_once.gather(_request(driver, bags), caller="ipv4:10.0.0.2:3") is None, "a tensor's way is not so"
     finish()
 
 
 @needs_arrays
-def test_nobody_reads_beside_a_job_that_may_write(make_driver: MakeDriver) -> None:
+def test_nobody_reads_beside_a_step(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = make_driver().create(make_schema())
-    reading = Reading()
-    finish = at_work(driver, lambda _: reading(), reading)
-    assert summed(engine_of(driver), as_arrays(driver, make_bags(7))) is None
-    finish()
+    engine, stepping, bags = engine_of(driver), Reading(), make_bags(7)
+    fused = kernels.fused_step
+
+    def blocked(*arguments: Any) -> None:
+        stepping()
+        fused(*arguments)
+
+    monkeypatch.setattr(kernels, "fused_step", blocked)
+    driver.update(1, 1, torch.ones(bags.num_bags, 10), bags=bags)
+    driver.prepare(1, [1], want_norm=False)
+    committed = driver.submit(engine.commit(driver.commit_request(0, 1, [1])))
+    assert stepping.began.wait(BOUND_S)
+    assert summed(engine, as_arrays(driver, bags)) is None
+    stepping.end.set()
+    committed.result(BOUND_S)
 
 
 @needs_arrays
 def test_a_long_gather_of_lines_is_left_to_the_shards_thread_where_somebody_asks_for_little(
-    make_driver: MakeDriver,
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = make_driver().create(make_schema())
-    engine, bags = engine_of(driver), make_bags(3, lengths=(pace.LITTLE_BYTES // 8,))
+    monkeypatch.setattr(pace, "LEAST_PIECE_BYTES", 2**16)
+    driver = make_driver(clock=lambda: 0.0).create(make_schema())  # nobody asked longer ago than just now
+    engine, bags = engine_of(driver), make_bags(3, lengths=(2**14,))
     answers: list[Any] = []
     told = threading.Event()
 
@@ -175,8 +189,10 @@ def test_a_long_gather_of_lines_is_left_to_the_shards_thread_where_somebody_asks
         engine.at_once.line_up_gather(_request(driver, bags), caller="ipv4:10.0.0.1:4", timeout_s=BOUND_S, tell=tell)
 
     line_up()
-    assert engine.at_once.take_turn(), "nobody else is there"
-    assert told.wait(BOUND_S)
+    until_s = time.monotonic() + BOUND_S
+    while not told.is_set():  # the shard's thread may be at its last turn still
+        assert time.monotonic() < until_s
+        engine.at_once.take_turn()
     engine._thread.pace.asks("ipv4:10.0.0.2:3", LITTLE)
     line_up()
     assert not engine.at_once.take_turn(), "the other one could not ask meanwhile"

@@ -58,11 +58,11 @@ def test_clients_ask_at_a_share_of_what_they_reach_beside_a_trainer(monkeypatch:
 
         def closed(self, target: str, _: Shape, clients: int, length_s: float) -> Spent:
             asked.append((target, clients, length_s))
-            return Spent([1.0], 200.0, 0, None, {})
+            return Spent([1.0], 200.0, 0, 1, None, {})
 
-        def open(self, target: str, _: Shape, clients: int, length_s: float, rate: float, seed: int) -> Spent:  # noqa: ARG002
+        def open(self, target: str, _: Shape, clients: int, length_s: float, rate: float, *more: Any) -> Spent:  # noqa: ARG002
             asked.append((target, clients, length_s, rate))
-            return Spent([1.0] * 98 + [4.0] * 2, 140.0, 3, None, {})
+            return Spent([1.0] * 98 + [4.0] * 2, 140.0, 3, 100, None, {})
 
     @contextmanager
     def client(address: str, way: str) -> Iterator[mempool.Pool]:

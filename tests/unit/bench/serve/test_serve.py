@@ -27,7 +27,14 @@ from tests.support.waiting import until
 
 TABLE = TableSize(64, 8)
 TINY = run.Workload(
-    table=TABLE, shapes=(Shape(4, 3), Shape(2, 2)), budget_s=5.0, batch_s=0.001, clients=(1,), spells=1, spell_s=0.01
+    table=TABLE,
+    shapes=(Shape(4, 3), Shape(2, 2)),
+    budget_s=5.0,
+    batch_s=0.001,
+    clients=(1,),
+    spells=1,
+    spell_s=0.01,
+    settle_s=0.0,
 )
 LOAD_KEYS = [
     "target", "shape", "clients", "loop", "offered_per_s", "calls_per_s", "calls", "median_ms", "p95_ms", "p99_ms",

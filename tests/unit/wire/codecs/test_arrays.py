@@ -115,16 +115,6 @@ def test_of_other_bytes_nothing_is_read_that_the_codec_does_not_read(data: st.Da
     assert is_same(found, read)
 
 
-@pytest.mark.parametrize("name", ["ids", "weights", "offsets", "envelope", "lookup_id"])
-def test_what_is_said_twice_is_left_to_the_codec(name: str) -> None:
-    frame = GATHER_REQUEST.encode(USUAL)
-    message = GATHER_REQUEST.mirror.message.FromString(frame)
-    for field in message.DESCRIPTOR.fields:
-        if field.name != name:
-            message.ClearField(field.name)
-    assert arrays.read_gather(frame + message.SerializeToString()) is None
-
-
 def test_what_is_not_small_is_left_to_the_codec() -> None:
     ids = torch.zeros(2**15, dtype=torch.int32).view(torch.uint32)
     request = replace(USUAL, ids=ids, weights=None, offsets=torch.tensor([0, 2**15]))
