@@ -1,8 +1,8 @@
 """The engine's one thread: runs jobs in the order that ``jobs`` says, their results for asyncio.
 
 All state behind an engine is touched by this thread, or by a reader while it stands still or reads (``beside``):
-nothing there needs a lock. A failure after which nothing can be trusted (of CUDA's context, of the interpreter) ends it; those
-who wait are told, and whoever asked to be.
+nothing there needs a lock. A failure after which nothing can be trusted (of CUDA's context, of the interpreter) ends
+it; those who wait are told, and whoever asked to be.
 """
 
 import asyncio
