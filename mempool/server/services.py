@@ -116,8 +116,6 @@ class Services:
         if shard is None:
             return dict([self._of(methods.LOOKUP, lookup)])
 
-        stages = self.door.stages
-
         async def gather(request: GatherRequest) -> GatherReply:
             reply = None
             if at_once is not None and request.ids.numel() <= _FEW_PAIRS:
@@ -126,7 +124,7 @@ class Services:
 
         def small_gather(frame: bytes, caller: str) -> bytes | None:
             assert at_once is not None, "it was asked for"
-            came_s = time.perf_counter()
+            stages, came_s = self.door.stages, time.perf_counter()
             asked = arrays.read_gather(frame)
             if asked is None or asked.ids.shape[0] > _FEW_PAIRS:
                 return None

@@ -73,7 +73,7 @@ class Routes(Services):
         found |= {methods.RESCALE.path: pool.rescale, methods.CHECKPOINT.path: pool.checkpoint}
         object.__setattr__(self, "by_path", found)
 
-    def _of(self, method: Any, call: Any) -> Any:
+    def _of(self, method: Any, call: Any, **_: Any) -> Any:
         return method.name, call
 
 
