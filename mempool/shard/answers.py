@@ -113,7 +113,7 @@ class Answers(RowAnswers):
     def lets_in(self, request: GatherRequest) -> bool:
         """Whether it is done in pieces beside which others may read, as far as is seen. For any thread, likewise."""
         table = self._tenancy.tables.get(request.envelope.table_id)
-        if table is None or request.act or request.pin or table.storage.array_rows is None:
+        if table is None or request.act or request.pin or not table.storage.has_array_rows:
             return False
         return row_bytes(table) * request.ids.numel() > 2 * of_pace.LEAST_PIECE_BYTES
 
@@ -237,7 +237,7 @@ class Answers(RowAnswers):
             self._pace.took(row_bytes(table) * bags.num_pairs, self._pace.clock() - began_s)
             return values
 
-        only_reads = isinstance(table, HostedTable) and table.storage.array_rows is not None
+        only_reads = isinstance(table, HostedTable) and table.storage.has_array_rows
         return self._beside.letting_in(sums) if only_reads else sums()
 
     def _summed(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:

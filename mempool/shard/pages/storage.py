@@ -334,10 +334,15 @@ class Storage:
     @property
     def array_rows(self) -> kernels.Paged | None:
         """What ``kernels.array_sums`` may sum; None where the rows lie elsewhere, or have to be brought up to date."""
-        if len(self._lanes) != 1 or self.schedule is not None or self.device.type != "cpu":
-            return None
-        lane = self._lanes[0]
-        return lane.arena.paged() if lane.columns is None and self.id_dtype == torch.int32 else None
+        return self._lanes[0].arena.paged() if self.has_array_rows else None
+
+    @property
+    def has_array_rows(self) -> bool:
+        """Whether there is something. For any thread: unlike ``array_rows`` it makes nothing that is kept."""
+        lanes = self._lanes  # another thread may put others there
+        if len(lanes) != 1 or self.schedule is not None or self.device.type != "cpu":
+            return False
+        return lanes[0].columns is None and self.id_dtype == torch.int32
 
     def weight_grad(self, bags: Bags, grads_BW: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here.

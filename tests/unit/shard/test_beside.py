@@ -202,6 +202,21 @@ def test_a_long_gather_of_lines_is_left_to_the_shards_thread_where_somebody_asks
     assert torch.equal(answers[0][0].values, answers[1][0].values)
 
 
+def test_who_only_looks_makes_nothing_that_is_kept(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the lines' thread, while rows may be moved: a view of where they lay would be kept for good."""
+    monkeypatch.setattr(pace, "LEAST_PIECE_BYTES", 16)
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    storage = engine._tenancy.tables[driver.table_id].storage
+    (lane,) = storage.lanes
+    lane.arena._paged.clear()
+    request = _request(driver, make_bags(3, lengths=(2**6,)))
+    assert engine._answers.lets_in(request)
+    assert not lane.arena._paged
+    storage._lanes = ()
+    assert not engine._answers.lets_in(request)
+
+
 @needs_arrays
 def test_small_gathers_beside_long_ones_and_commits_are_of_one_version_each(
     make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
