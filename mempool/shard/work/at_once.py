@@ -149,9 +149,10 @@ class AtOnce:
         else is at it; False: that is not so, and ``hand_over`` is for the shard's own thread to see to it. So it is for
         a long read beside which others could read who ask this thread for little."""
         first = self._thread.first
-        if first is not None and isinstance(first.request, GatherRequest):
+        request = None if first is None else first.request  # another thread may forget it
+        if first is not None and isinstance(request, GatherRequest):
             shared = self._thread.pace.is_shared_by(first.caller.name)
-            if shared and self._answers.lets_in(first.request):
+            if shared and self._answers.lets_in(request):
                 return False
         return self._thread.take_turn()
 
