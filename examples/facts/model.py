@@ -2,8 +2,8 @@
 
 What they cost is counted in `flops.py`, how they learn is in `train.py`.
 
-Shape legend: B questions, W words, E word dim, P pools, D model dim, T answer positions, C characters, H heads,
-K top-k, n half-keys, V value dim.
+Shape legend: B questions, W words, U distinct words of all questions, E word dim, P pools, D model dim, T answer
+positions, C characters, H heads, K top-k, n half-keys, V value dim.
 """
 
 from __future__ import annotations
@@ -60,10 +60,12 @@ class QuestionEncoder(nn.Module):
 
     def forward(self, words_BW: Tensor) -> Tensor:
         """[B, W] word numbers to [B, D]."""
-        vectors_BWE = F.embedding(words_BW, self.vectors)
-        log_weights_BW1 = F.embedding(words_BW, self.log_weights[:, None])
-        no_word_BW1 = words_BW[..., None] == 0
-        scores_BWP = self.score(vectors_BWE) + (log_weights_BW1 * self.rarity).masked_fill(no_word_BW1, -1e4)
+        # A word is scored once, however often it is there.
+        distinct_U, places_BW = torch.unique(words_BW, return_inverse=True)
+        vectors_UE = self.vectors[distinct_U]
+        rarity_UP = (self.log_weights[distinct_U, None] * self.rarity).masked_fill(distinct_U[:, None] == 0, -1e4)
+        scores_BWP = F.embedding(places_BW, self.score(vectors_UE) + rarity_UP)
+        vectors_BWE = F.embedding(places_BW, vectors_UE)
         pooled_BPE = scores_BWP.softmax(dim=1).transpose(1, 2) @ vectors_BWE
         projected: Tensor = self.project(pooled_BPE.flatten(1))
         return projected
