@@ -23,7 +23,7 @@ def _count(ids: Array, offsets: Array, group_of_page: Array, page_shift: int, gr
     counts, before, named = np.zeros((3, num_groups + 1), dtype=np.int64)
     for bag in range(num_bags):
         first, end = offsets[bag], offsets[bag + 1]
-        for pair in range(first, end):
+        for pair in range(np.uint64(first), np.uint64(end)):
             page = np.uint64(ids[pair] >> page_shift)
             group = np.uint16(group_of_page[page] + 1) if page < num_pages else np.uint16(0)
             groups[pair] = group
@@ -45,6 +45,40 @@ def _count(ids: Array, offsets: Array, group_of_page: Array, page_shift: int, gr
     return True
 
 
+@serial
+def _deal_all(
+    ids: Array,
+    weights: Array,
+    offsets: Array,
+    groups: Array,
+    starts: Array,
+    own_ids: Array,
+    own_weights: Array,
+    positions: Array,
+    own_offsets: Array,
+) -> None:
+    """As is usual: each pair is of a group, and each group has all bags. No choice is made for a pair."""
+    num_groups, num_bags = starts.shape[1] - 1, offsets.shape[0] - 1
+    places = np.zeros(num_groups + 1, dtype=np.int64)
+    places[1:] = starts[0, :-1]
+    for bag in range(num_bags):
+        for number in range(num_groups):
+            own_offsets[starts[2, number] + bag] = places[number + 1] - starts[0, number]
+        first, end = np.uint64(offsets[bag]), np.uint64(offsets[bag + 1])
+        if weights.shape[0] > 0:
+            for pair in range(first, end):
+                place = np.uint64(places[groups[pair]])
+                places[groups[pair]] = place + 1
+                own_ids[place], own_weights[place], positions[place] = ids[pair], weights[pair], pair
+        else:
+            for pair in range(first, end):
+                place = np.uint64(places[groups[pair]])
+                places[groups[pair]] = place + 1
+                own_ids[place], positions[place] = ids[pair], pair
+    for number in range(num_groups):
+        own_offsets[starts[2, number] + num_bags] = starts[0, number + 1] - starts[0, number]
+
+
 @kernel
 def _deal(
     ids: Array,
@@ -59,16 +93,15 @@ def _deal(
     own_offsets: Array,
 ) -> None:
     num_groups, num_bags = starts.shape[1] - 1, offsets.shape[0] - 1
+    has_all = starts[2, num_groups] == num_groups * (num_bags + 1)
+    if has_all and starts[0, num_groups] == ids.shape[0]:
+        _deal_all(ids, weights, offsets, groups, starts, own_ids, own_weights, positions, own_offsets)
+        return
     places, bag_places, offset_places = np.zeros((3, num_groups + 1), dtype=np.int64)  # the first of no group
     places[1:], bag_places[1:], offset_places[1:] = starts[0, :-1], starts[1, :-1], starts[2, :-1]
     last_bags = np.full(num_groups + 1, -1, dtype=np.int64)
-    all_have_all = starts[2, num_groups] == num_groups * (num_bags + 1)
     for bag in range(num_bags):
-        if all_have_all:
-            for number in range(num_groups):
-                own_offsets[starts[2, number] + bag] = places[number + 1] - starts[0, number]
-                offset_places[number + 1] += 1
-        for pair in range(offsets[bag], offsets[bag + 1]):
+        for pair in range(np.uint64(offsets[bag]), np.uint64(offsets[bag + 1])):
             group = groups[pair]
             if group == 0:
                 continue
@@ -78,7 +111,7 @@ def _deal(
             positions[place] = pair
             if weights.shape[0] > 0:
                 own_weights[place] = weights[pair]
-            if all_have_all or last_bags[group] == bag:
+            if last_bags[group] == bag:
                 continue
             last_bags[group] = bag
             number = group - 1
