@@ -91,13 +91,18 @@ class _Turns:
         """What a call was found to weigh, above what it was charged when it came."""
         self._ends[connection] = max(self._ends.get(connection, 0), self._now) + max(0, num_bytes - _LEAST_CHARGE)
 
+    @property
+    def are_open(self) -> bool:
+        """Whether any is to be let in still: who was cancelled is counted out a moment later, by its own task."""
+        while self._heap and self._heap[0][3].done():
+            heappop(self._heap)
+        return bool(self._heap)
+
     def pop(self) -> tuple[str, "asyncio.Future[Passage]"]:
-        """The next to be let in, out of those that wait still."""
-        while True:
-            starts, _, connection, turn = heappop(self._heap)
-            if not turn.done():
-                self._now = max(self._now, starts)
-                return connection, turn
+        """The next to be let in, where they are open."""
+        starts, _, connection, turn = heappop(self._heap)
+        self._now = max(self._now, starts)
+        return connection, turn
 
     def forget_done(self) -> None:
         """One that waited does so no more: its turn is done already."""
@@ -272,8 +277,8 @@ class Admission:
             self._emptied.set()
 
     def _let_in_waiting(self) -> None:
-        while self._num_waiting:
-            host = min(self._waiting, key=lambda host: self._used_by.get(host, 0))
+        while hosts := [host for host, turns in self._waiting.items() if turns.are_open]:
+            host = min(hosts, key=lambda host: self._used_by.get(host, 0))
             if not self._has_room(host):
                 return
             turns = self._waiting[host]

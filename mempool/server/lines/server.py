@@ -8,6 +8,8 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from mempool.errors import MempoolError, Overloaded
 from mempool.observe import Stages
@@ -27,7 +29,9 @@ _AGAIN_S = 1.0
 MOST_LINES = 256
 """Of each kind, of all clients together; each client process has up to eight of a shard."""
 _MOST_BEGINNING = 64
-"""Connections by TCP that have shown no ticket yet: whoever reaches the port may have some."""
+"""Connections of a kind that have shown nothing yet: whoever reaches the port, or is of this user, may have some."""
+_AGREEING_THREADS = 8
+"""That wait for what clients of this host say: silent ones hold up no other work of the process."""
 BODIES_BYTES = 16 * LARGEST_BYTES
 """Of requests of all lines that are coming or being answered, of those that come with their messages."""
 ANSWERS_BYTES = 256 * 2**20
@@ -80,7 +84,8 @@ class LineServer:
         self._tickets = tcp.Tickets()
         self._port = 0
         self._no_port = "they are switched off, or the pool is encrypted, which they are not"
-        self._beginning: set[asyncio.Task[None]] = set()
+        self._beginning: dict[asyncio.Task[None], socket.socket] = {}
+        self._agreeing = ThreadPoolExecutor(_AGREEING_THREADS, "mempool-agreeing")
         self._listening: list[socket.socket] = []
         self._taking: list[asyncio.Task[None]] = []
         self._begun = 0
@@ -161,8 +166,12 @@ class LineServer:
             await asyncio.wait(self._taking)
         for listening in self._listening:
             listening.close()
+        for connection in self._beginning.values():
+            with suppress(OSError):  # it has gone by itself
+                connection.shutdown(socket.SHUT_RDWR)  # what is waited for there does not come
         if self._beginning:
             await asyncio.wait(self._beginning)
+        self._agreeing.shutdown(wait=False)
         end_s = self._loop.time() + grace_s
         while self._lines.is_busy and self._loop.time() < end_s:
             await asyncio.sleep(_LOOK_S)
@@ -191,17 +200,20 @@ class LineServer:
                 listening.close()
                 return
             lines = sum([serving.line.is_near == near for serving in self._lines.servings])
-            if lines + len(beginning) >= MOST_LINES or (not near and len(beginning) >= _MOST_BEGINNING):
+            if lines + len(beginning) >= MOST_LINES or len(beginning) >= _MOST_BEGINNING:
                 connection.close()
                 continue
             task = self._loop.create_task(begin(connection))
-            for tasks in (self._beginning, beginning):
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+            self._beginning[task] = connection
+            beginning.add(task)
+            task.add_done_callback(self._beginning.pop)
+            task.add_done_callback(beginning.discard)
 
     async def _begin_near(self, connection: socket.socket) -> None:
         try:
-            sent, received, peer = await asyncio.to_thread(handshake.answer, connection, self._address, self._token)
+            sent, received, peer = await self._loop.run_in_executor(
+                self._agreeing, handshake.answer, connection, self._address, self._token
+            )
         except (OSError, MempoolError) as error:
             connection.close()
             _LOG.info("a client of this host gets no shared memory: %s", error)

@@ -267,16 +267,16 @@ class EngineThread:
         there that nobody waits any more. A job that waits for none is done all the same, or is late.
         """
         handed: Handed = Handed()
-        now_s, caller = self._clock(), Caller("", self._clock() + timeout_s)
+        self.check_open()  # nobody would take it out any more
+        caller = Caller("", (now_s := self._clock()) + timeout_s)
         asked = Job(
-            stage=stage, request=request, caller=caller, cost=cost, run=job, done=handed, leaves=True,
-            put_s=now_s, asked_s=now_s,
-        )  # fmt: skip
+            stage=stage, request=request, caller=caller, cost=cost, run=job, done=handed, leaves=True, put_s=now_s,
+            asked_s=now_s)  # fmt: skip
         try:
             self._asked.append(asked)
         finally:
             self._worker.ring()
-        self.check_open()  # only now: the thread looks once more after it was closed
+        self.check_open()  # again: the thread looks once more after it was closed
         return lambda: handed.wait(timeout_s)
 
     def line_up(

@@ -127,7 +127,7 @@ def checked_dtype(number: int, shape: Sequence[int], num_bytes: int, field: str)
             f"{field} has a body of {num_bytes:,} bytes; shape {list(shape)} of {dtype.name} takes {expected:,}"
         )
     # An empty tensor takes no bytes whatever its other dimensions are, but torch cannot hold every such shape.
-    if not num_bytes and math.prod(size for size in shape if size) >= 2**63:
+    if not num_bytes and math.prod(size for size in shape if size) * dtype.itemsize >= 2**63:
         raise InvalidRequest(f"{field} has shape {list(shape)}, which is beyond 64-bit sizes")
     return dtype
 

@@ -131,13 +131,17 @@ def _send(connection: socket.socket, said: dict[str, Any], descriptor: int | Non
 
 def _receive(connection: socket.socket, timeout_s: float) -> tuple[dict[str, Any], int | None]:
     """What was said, and a descriptor that came along, which is the caller's to close."""
-    data, descriptors = b"", []
+    data, descriptor = b"", None
     end_s = time.monotonic() + timeout_s  # of all of it, however slowly it comes
     try:
         while not data.endswith(b"\n"):
             connection.settimeout(max(1e-3, end_s - time.monotonic()))
             some, came, _, _ = socket.recv_fds(connection, _MOST_BYTES, 1)
-            descriptors += came
+            for one in came:
+                if descriptor is None:
+                    descriptor = one
+                else:  # however many come: none is held
+                    os.close(one)
             data += some
             if not some or len(data) > _MOST_BYTES:
                 raise InvalidRequest("the handshake was not ended")
@@ -145,16 +149,14 @@ def _receive(connection: socket.socket, timeout_s: float) -> tuple[dict[str, Any
         if not isinstance(said, dict):
             raise InvalidRequest("the handshake is no mapping")
     except (InvalidRequest, ValueError, RecursionError) as error:
-        for one in descriptors:
-            os.close(one)
+        if descriptor is not None:
+            os.close(descriptor)
         raise InvalidRequest(f"no handshake: {error}") from None
     except BaseException:
-        for one in descriptors:
-            os.close(one)
+        if descriptor is not None:
+            os.close(descriptor)
         raise
-    for one in descriptors[1:]:
-        os.close(one)
-    return said, descriptors[0] if descriptors else None
+    return said, descriptor
 
 
 def _received(descriptor: int) -> ReceivedMemory:

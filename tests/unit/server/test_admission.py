@@ -303,3 +303,24 @@ def test_nothing_is_lost_and_nobody_is_forgotten_in_any_order(steps: list[tuple[
         assert (admission.used_bytes, admission.active) == (0, 0)
 
     bounded(scenario)
+
+
+@pytest.mark.parametrize("frees", [lambda passage: passage.resize(10), lambda passage: passage.leave()])
+def test_room_is_freed_while_one_that_waited_has_hung_up_and_is_not_counted_out_yet(
+    frees: Callable[[Passage], None],
+) -> None:
+    async def scenario() -> None:
+        admission = Admission(budget_bytes=2 * MESSAGE, message_bytes=MESSAGE)
+        first, second = await admission.enter("a", "a:1"), await admission.enter("b", "b:1")
+        gone = asyncio.create_task(admission.enter("c", "c:1"))
+        patient = asyncio.create_task(admission.enter("d", "d:1"))
+        await settle()
+        gone.cancel()  # its own task has not run yet
+        frees(second)
+        first.leave()
+        (await patient).leave()
+        await settle()
+        assert gone.cancelled()
+        assert admission._num_waiting == 0
+
+    bounded(scenario)

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
@@ -198,5 +198,44 @@ def test_a_handshake_that_comes_slowly_is_not_waited_for(monkeypatch: pytest.Mon
                 return sent
 
             assert await asyncio.to_thread(drips) < 200
+
+    go(main())
+
+
+def silent(server: object) -> socket.socket:
+    """A client that says nothing."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(handshake.name_of(handshake.port_of(server._address)))  # type: ignore[attr-defined]
+    return connection
+
+
+def test_clients_that_say_nothing_hold_up_neither_the_end_nor_other_work_of_the_process() -> None:
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            server = await stack.enter_async_context(serving())
+            connections = [silent(server) for _ in range(40)]
+            await until(lambda: len(server._beginning) == 40)
+            async with asyncio.timeout(handshake.TIMEOUT_S / 2):
+                await asyncio.to_thread(int)  # the loop's own threads are free
+                await stack.aclose()
+            for connection in connections:
+                connection.close()
+
+    go(main())
+
+
+def test_descriptors_that_come_with_a_handshake_are_not_kept_but_one() -> None:
+    async def main() -> None:
+        async with serving() as server:
+            connection, given = silent(server), os.open("/dev/null", os.O_RDONLY)
+            await until(lambda: len(server._beginning) == 1)
+            before, most = descriptors(), 0
+            for _ in range(100):
+                socket.send_fds(connection, [b" "], [given])
+                await asyncio.sleep(0.002)
+                most = max(most, descriptors() - before)
+            assert most < 20
+            connection.close()
+            os.close(given)
 
     go(main())

@@ -397,3 +397,14 @@ def test_what_is_kept_is_looked_after_though_nothing_else_happens() -> None:
 
     _run(body, upkeep=upkeep, upkeep_s=0.005)
     assert len(looked) == 3, "with nothing left to look after it sleeps"
+
+
+def test_a_thread_that_is_closed_keeps_nothing_of_who_asks_it() -> None:
+    async def body(thread: EngineThread) -> None:
+        await thread.close()
+        for _ in range(3):
+            with pytest.raises(ShardUnavailable):
+                thread.begin("update", str, torch.zeros(1), cost=1, timeout_s=1.0)
+        assert thread.num_jobs == 0
+
+    _run(body)
