@@ -212,10 +212,10 @@ class LineChannel:
 
     def _taken(self, *, soon: bool = True) -> ClientLine | None:
         """A line that nobody else has, the one used last; None: there is none now. soon: but perhaps then."""
-        try:
-            return self._free.pop()
-        except IndexError:
-            pass
+        with suppress(IndexError):
+            while (line := self._free.pop()).is_forked:
+                self._end(line)
+            return line
         if soon:
             self._want_line()
         return None

@@ -156,7 +156,12 @@ class Line:
 
 
 class ClientLine(Line):
-    """A client's end: one call after another."""
+    """A client's end: one call after another.
+
+    Attributes:
+        is_forked: A process that was forked has replies that lie in this line's memory, and nobody hears when it has
+            let go of them: the server is told of none any more, and the line is to end.
+    """
 
     def __init__(self, connection: socket.socket, shared: Shared | None = None, buffers: Buffers | None = None) -> None:
         super().__init__(connection, shared, buffers)
@@ -168,6 +173,13 @@ class ClientLine(Line):
         self._kept: dict[int, weakref.ref[memoryview]] = {}
         self._num_kept = 0
         self._free: deque[tuple[int, int]] = deque()  # filled by whoever lets go of a body, on any thread
+        self.is_forked = False
+        _CLIENTS[id(self)] = self
+
+    @property
+    def num_kept(self) -> int:
+        """Replies that lie in this line's memory as long as their readers have them."""
+        return len(self._kept)
 
     def close(self) -> None:
         if self._shared is None:
@@ -294,7 +306,7 @@ class ClientLine(Line):
     def _copied(self) -> bytes:
         """What the server is to be told: replies that are not needed any more."""
         told = b""
-        while self._free:
+        while self._free and not self.is_forked:
             call, num_bytes = self._free.popleft()
             self._num_kept -= num_bytes
             told += header_of(Message(COPIED, call))
@@ -326,6 +338,18 @@ class ClientLine(Line):
 
     def _over(self, option: int) -> _Over:
         return _Over(self._timeouts.get(option))
+
+
+def _is_forked() -> None:
+    """The child is to find in its replies what the parent found there, whatever that asks for from now on."""
+    for reference in _CLIENTS.valuerefs():
+        if (line := reference()) is not None and line.num_kept:
+            line.is_forked = True
+
+
+_CLIENTS: weakref.WeakValueDictionary[int, ClientLine] = weakref.WeakValueDictionary()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_is_forked)
 
 
 def _end_with(answered: asyncio.Future[tuple[bool, Body]], error: BaseException) -> None:

@@ -21,7 +21,7 @@ from mempool.wire.lines import handshake
 from mempool.wire.lines.line import supported
 from mempool.wire.lines.memory import SentMemory
 
-from .test_near import ENVELOPE, STAMP, connected, go, line_of, serving, until
+from .test_near import ENVELOPE, STAMP, connected, go, line_of, opened, serving, until
 
 pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
 
@@ -237,5 +237,45 @@ def test_descriptors_that_come_with_a_handshake_are_not_kept_but_one() -> None:
             assert most < 20
             connection.close()
             os.close(given)
+
+    go(main())
+
+
+def test_a_child_finds_in_its_replies_what_was_there_when_it_was_forked() -> None:
+    async def gather(request: GatherRequest) -> GatherReply:
+        return GatherReply(stamp=STAMP, blocks=(0,), values=torch.full((64, 256), float(request.lookup_id)))
+
+    def asked(number: int) -> GatherRequest:
+        ids, offsets = torch.arange(4), torch.tensor([0, 4])
+        return GatherRequest(
+            envelope=ENVELOPE, lookup_id=number, ids=ids, weights=None, offsets=offsets, remember=False
+        )
+
+    async def main() -> None:
+        async with serving(gather=gather) as server, connected(server) as channel:
+            line = line_of(channel)
+            values = (await channel.call(methods.GATHER, asked(1), timeout_s=5)).values
+            assert line.num_kept == 1
+            here, there = os.pipe()
+            go_on, goes_on = os.pipe()
+            if (child := os.fork()) == 0:  # it only reads, and is gone
+                os.read(go_on, 1)
+                os.write(there, bytes([int(values.numpy().min()), int(values.numpy().max())]))
+                os._exit(0)
+            try:
+                del values
+                await opened(channel)
+                channel._free.rotate()  # whose turn is next is the first one
+                for number in (2, 3, 4):
+                    await channel.call(methods.GATHER, asked(number), timeout_s=5)
+            finally:
+                os.write(goes_on, b".")
+                found = os.read(here, 2)
+                os.waitpid(child, 0)
+                for descriptor in (here, there, go_on, goes_on):
+                    os.close(descriptor)
+            assert found == bytes([1, 1])
+            assert line not in channel._lines  # what it still held is given back with it
+            assert channel.is_near
 
     go(main())
