@@ -177,9 +177,9 @@ class ClientLine(Line):
         _CLIENTS[id(self)] = self
 
     @property
-    def num_kept(self) -> int:
-        """Replies that lie in this line's memory as long as their readers have them."""
-        return len(self._kept)
+    def keeps_replies(self) -> bool:
+        """Whether any lies in this line's memory, as long as its reader has it."""
+        return bool(self._kept)
 
     def close(self) -> None:
         if self._shared is None:
@@ -340,16 +340,16 @@ class ClientLine(Line):
         return _Over(self._timeouts.get(option))
 
 
-def _is_forked() -> None:
+def _before_fork() -> None:
     """The child is to find in its replies what the parent found there, whatever that asks for from now on."""
     for reference in _CLIENTS.valuerefs():
-        if (line := reference()) is not None and line.num_kept:
+        if (line := reference()) is not None and line.keeps_replies:
             line.is_forked = True
 
 
 _CLIENTS: weakref.WeakValueDictionary[int, ClientLine] = weakref.WeakValueDictionary()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_is_forked)
+    os.register_at_fork(before=_before_fork)
 
 
 def _end_with(answered: asyncio.Future[tuple[bool, Body]], error: BaseException) -> None:
