@@ -62,4 +62,5 @@ def copied_version(kept: object) -> int | None:
 
 
 def _versions(module: nn.Module) -> tuple[int, ...]:
-    return tuple(parameter._version for parameter in module.parameters())
+    # Those of inference mode are not counted.
+    return tuple(-1 if parameter.is_inference() else parameter._version for parameter in module.parameters())

@@ -81,7 +81,7 @@ def with_dropped_keys(
     for codebooks, count in ((slice(0, 1), kept[0]), (slice(1, None), kept[1])):
         dropped[:, codebooks].scatter_(-1, drawn[:, codebooks].topk(count, dim=-1).indices, False)
     column = torch.zeros_like(keys_HPNd[..., :1]).masked_fill(dropped[..., None], _DROPPED)
-    parts = queries_BHD.view(*queries_BHD.shape[:2], keys_HPNd.shape[1], -1)
+    parts = queries_BHD.view(*queries_BHD.shape[:2], keys_HPNd.shape[1], keys_HPNd.shape[-1])  # of no query, too
     queries = torch.cat([parts, torch.ones_like(parts[..., :1])], dim=-1)
     return queries.flatten(2), torch.cat([keys_HPNd, column], dim=-1)
 

@@ -88,3 +88,9 @@ def test_copies_that_are_trained_or_left_alone_are_told_nothing() -> None:
     clone(x).sum().backward()
     torch.optim.AdamW(clone.parameters()).step()
     clone.eval()(x)
+
+
+def test_a_layer_is_copied_in_inference_mode() -> None:
+    layer, x = make_layer(), torch.randn(3, 12)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))

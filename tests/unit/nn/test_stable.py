@@ -291,3 +291,10 @@ def test_values_start_as_rows_of_a_layer_on_any_shards(layout: str) -> None:
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make_layer(**options)
+
+
+def test_a_batch_without_queries_trains_with_dropped_keys_too() -> None:
+    layer = make_layer(key_dropout=0.3)
+    out = layer(torch.zeros(0, 12))
+    out.sum().backward()
+    assert out.shape == (0, 7)
