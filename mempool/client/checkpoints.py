@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from mempool.client.opening.creation import CreateProgress
 from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, MempoolError
 from mempool.types import CheckpointProgress, PoolApi, RestoreTables, TableView, TakeCheckpoint
 from mempool.types.caller import Caller, calling
+from mempool.types.running import Latch
 
 _POLL_S = 1.0
 _STATUS_S = 4.0
@@ -23,7 +23,7 @@ class CheckpointHandle:
 
     def __init__(self, first: CheckpointProgress) -> None:
         self._progress = first
-        self._ended = threading.Event()
+        self._ended = Latch()
         self._error: MempoolError | None = None
 
     def __repr__(self) -> str:
@@ -37,7 +37,7 @@ class CheckpointHandle:
     @property
     def done(self) -> bool:
         """Whether it is whole, or has failed: ``wait`` says which."""
-        return self._ended.is_set()
+        return self._ended.is_set
 
     def wait(self, timeout_s: float | None = None) -> CheckpointProgress:
         """Wait until it is whole.

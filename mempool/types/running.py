@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -27,6 +28,44 @@ Turn = Callable[[], float | None]
 ONLY_WHEN_RUNG = float("inf")
 TRAINER_LEASE_S = 10.0
 """Silence of a trainer after which it is taken for dead, where nothing else is said: what it holds is dropped."""
+
+
+class Latch:
+    """Is set once; threads wait for that. As ``threading.Event``, but that an interrupt of one who waits takes nothing
+    with it: an event's lock is taken by Python code, which may be cut off once it has it, and whoever sets the event,
+    an IO loop say, would wait for that for ever."""
+
+    __slots__ = ("_is_set", "_waiting")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiting: deque[threading.Lock] = deque()  # each one's own, taken until it is set
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it is."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Never waits. By one thread alone; repeatable."""
+        self._is_set = True
+        with suppress(IndexError):
+            while True:
+                self._waiting.popleft().release()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it is set within so many seconds; None: without end."""
+        own = threading.Lock()
+        own.acquire()
+        self._waiting.append(own)
+        try:
+            if not self._is_set:  # else whoever sets it may not have seen this one
+                own.acquire(timeout=-1 if timeout_s is None else max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+        finally:
+            if not self._is_set:
+                with suppress(ValueError, IndexError):  # it is set just now
+                    self._waiting.remove(own)
+        return self._is_set
 
 
 class Worker(Protocol):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mempool.client.gathers.links import PendingAnswer
+from mempool.client.gathers.window import Room
 from mempool.client.routing.attempt import LookupRecord
 from mempool.errors import MempoolError
 from mempool.types.bags import Bags
@@ -36,15 +37,6 @@ class _Fetch:
     reply_dtype: str
     commits: int
     pending: PendingAnswer
-
-
-class Room:
-    """Bytes that are kept free. They are as long as somebody holds it: an interrupt loses none."""
-
-    __slots__ = ("__weakref__", "num_bytes")
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
 
 
 class Prefetched:

@@ -22,8 +22,8 @@ from mempool.client.gathers.lease import Remembering
 from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Markers
 from mempool.client.gathers.parts import merged, part_of
-from mempool.client.gathers.prefetched import Prefetched, Room
-from mempool.client.gathers.window import Window
+from mempool.client.gathers.prefetched import Prefetched
+from mempool.client.gathers.window import Room, Window
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.plan import packed_sums
@@ -176,16 +176,16 @@ class TableLink:
             try:
                 values, record = await session.gather(bags, remember=remember, reply_dtype=reply_dtype)
             finally:
-                window.leave(num_bytes)
+                window.leave(room)
             if record.remembered_by:
                 remembering.remembered(release(record))
             return values, record
 
-        window.enter(num_bytes, timeout_s=self._router.timeout_s)
+        room = window.enter(num_bytes, timeout_s=self._router.timeout_s)
         try:
             pending = self._begin(gather())
         except BaseException:
-            window.leave(num_bytes)
+            window.leave(room)
             raise
         return BegunGather(pending, remembering, lambda answer: self._looked(answer[1]))
 

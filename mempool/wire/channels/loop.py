@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError
-from mempool.types.running import has_interrupted_one
+from mempool.types.running import Latch, has_interrupted_one
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class IoLoop:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
         self.ended = False
-        self._started = threading.Event()
+        self._started = Latch()
         self.thread = threading.Thread(target=self._main, name="mempool-io", daemon=True)
 
     def start(self) -> None:
@@ -126,11 +126,11 @@ class Begun(Generic[T]):
         self._task: asyncio.Task[T] | None = None
         self._value: T | None = None
         self._error: BaseException | None = None
-        self._ended = threading.Event()  # an interrupt of one who waits leaves nothing behind for the next
+        self._ended = Latch()
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return self._ended.is_set()
+        return self._ended.is_set
 
     def result(self) -> T:
         """What it answered; waits for that.
@@ -156,15 +156,23 @@ class Begun(Generic[T]):
             raise MempoolError(_BLOCKED)
         if has_interrupted_one():
             raise MempoolError(_HANDLER)
-        timeout_s = self._timeout_s
-        if not self._ended.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
-            raise DeadlineExceeded(f"the call took longer than {timeout_s} s; whether it took effect is not known")
+        if not self._ended.wait(self._timeout_s):
+            raise DeadlineExceeded(
+                f"the call took longer than {self._timeout_s} s; whether it took effect is not known"
+            )
 
     def start(self, coro: Coroutine[Any, Any, T]) -> None:
         """On the loop."""
         self._task = asyncio.get_running_loop().create_task(coro)
         _begun.add(self)  # the loop itself keeps no task
         self._task.add_done_callback(self._end)
+
+    def cancel(self, coro: Coroutine[Any, Any, T]) -> None:
+        """On the loop: who began it was interrupted meanwhile, and nobody has it."""
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            coro.close()  # it was not handed over, or has ended
 
     def _end(self, task: asyncio.Task[T]) -> None:
         self._task = None
@@ -256,9 +264,16 @@ def begin(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> Begun
     try:
         io = _io_loop()
         begun: Begun[T] = Begun(io, timeout_s)
-        io.loop.call_soon_threadsafe(begun.start, coro)
     except BaseException:
         coro.close()
+        raise
+    try:
+        io.loop.call_soon_threadsafe(begun.start, coro)
+    except BaseException:  # an interrupt: perhaps it runs already, and what it has entered is the loop's to leave
+        if io.loop.is_closed():
+            coro.close()
+        else:
+            io.loop.call_soon_threadsafe(begun.cancel, coro)
         raise
     return begun
 

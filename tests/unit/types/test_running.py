@@ -4,11 +4,12 @@ import asyncio
 import gc
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from mempool.types.running import to_its_end
+from mempool.types.running import Latch, to_its_end
 from mempool.wire.channels.loop import run
 
 
@@ -79,3 +80,20 @@ def test_an_interpreter_that_ends_waits_for_the_turn_that_is_under_way_and_for_n
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["begun", "done"]
     assert not done.stderr
+
+
+def test_all_who_wait_for_a_latch_hear_of_it_and_who_gives_up_is_forgotten() -> None:
+    latch = Latch()
+    assert not latch.wait(0.01)
+    assert not latch._waiting
+    heard: list[bool] = []
+    threads = [threading.Thread(target=lambda: heard.append(latch.wait(20.0))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    latch.set()
+    for thread in threads:
+        thread.join(20.0)
+    assert heard == [True] * 4
+    assert latch.is_set
+    assert latch.wait(0.0)
+    latch.set()

@@ -464,14 +464,17 @@ def test_compiled_code_breaks_its_graph_and_export_is_refused(open_table) -> Non
 
 def test_the_window_is_a_bound_and_its_wait_has_one() -> None:
     window = Window(window_bytes=100)
-    window.enter(300, timeout_s=BOUND_S)  # one alone may be larger
+    first = window.enter(300, timeout_s=BOUND_S)  # one alone may be larger
     with pytest.raises(DeadlineExceeded, match="waited for that; nothing was sent"):
         window.enter(1, timeout_s=0.01)
-    threading.Timer(0.02, window.leave, (300,)).start()
-    window.enter(60, timeout_s=BOUND_S)
-    window.enter(40, timeout_s=BOUND_S)
+    threading.Timer(0.02, window.leave, (first,)).start()
+    rooms = [window.enter(60, timeout_s=BOUND_S), window.enter(40, timeout_s=BOUND_S)]
     with pytest.raises(DeadlineExceeded):
         window.enter(1, timeout_s=0.01)
+    window.leave(first)  # it has left
+    assert window.num_bytes == 100
+    rooms.pop()  # of somebody who was interrupted
+    assert window.num_bytes == 60
 
 
 def test_who_starts_more_than_the_window_holds_waits(open_table) -> None:  # type: ignore[no-untyped-def]
